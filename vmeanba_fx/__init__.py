@@ -1,0 +1,17 @@
+"""vmeanba_fx: make visual state-space models fast without retraining, as a torch.fx compiler pass."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+if importlib.util.find_spec("vmeanba_fx.passes") is None:
+    # Run from a checkout that is not installed: the passes lie beside the package, and must have one name only.
+    _source = Path(__file__).resolve().parent.parent / "passes" / "__init__.py"
+    _spec = importlib.util.spec_from_file_location(
+        "vmeanba_fx.passes", _source, submodule_search_locations=[str(_source.parent)]
+    )
+    if _spec is None or _spec.loader is None or not _source.is_file():
+        raise ImportError(f"vmeanba_fx.passes is neither installed nor at {_source.parent}")
+    _passes = importlib.util.module_from_spec(_spec)
+    sys.modules["vmeanba_fx.passes"] = _passes
+    _spec.loader.exec_module(_passes)

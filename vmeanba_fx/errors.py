@@ -1,0 +1,31 @@
+"""Every error this package raises on purpose. Each message says what was wrong, where, and what to do."""
+
+from __future__ import annotations
+
+
+class VMeanbaError(Exception):
+    """Base class: ``except vmeanba_fx.VMeanbaError`` catches all of them."""
+
+
+class CaptureError(VMeanbaError, RuntimeError):
+    """The model could not be turned into one ATen-level graph."""
+
+
+class NoSitesError(VMeanbaError, ValueError):
+    """The captured graph holds no selective scan that can be rewritten."""
+
+
+class SiteError(VMeanbaError, ValueError):
+    """A site was named that does not exist, or that cannot be rewritten."""
+
+
+class CalibrationError(VMeanbaError, RuntimeError):
+    """Calibration data or a metric gave something that cannot be scored."""
+
+
+class PlanError(VMeanbaError, ValueError):
+    """A plan file is damaged, hostile, or belongs to another model, data set or seed."""
+
+
+class GraphCheckError(VMeanbaError, RuntimeError):
+    """A pass left a graph that is not well formed, or that no longer computes the same."""

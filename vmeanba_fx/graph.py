@@ -1,0 +1,185 @@
+"""Small helpers on captured graphs: which nodes are scans, how sites are named, how passes add and remove nodes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+from torch._guards import detect_fake_mode
+
+from .ops import last_state as _last_state  # noqa: F401  registers torch.ops.vmeanba_fx.*
+
+aten = torch.ops.aten
+SCAN = (torch.ops.vmeanba_fx.selective_scan, torch.ops.vmeanba_fx.selective_scan.default)
+LAST_STATE = (torch.ops.vmeanba_fx.last_state, torch.ops.vmeanba_fx.last_state.default)
+SITE = "vmeanba_fx.site"
+MADE_BY = "vmeanba_fx.pass"
+
+
+def graph_modules(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """``gm`` and the sub-graphs inside it (bodies of autocast and checkpoint regions), outermost first."""
+    yield gm
+    for name, child in gm.named_modules():
+        if name and isinstance(child, fx.GraphModule):
+            yield child
+
+
+def scan_nodes(gm: fx.GraphModule) -> list[tuple[fx.GraphModule, fx.Node]]:
+    """Every full selective-scan node of ``gm`` and of its sub-graphs with the graph that owns it, in order."""
+    return [(owner, n) for owner in graph_modules(gm) for n in owner.graph.nodes if n.target in SCAN]
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the module a node was traced in, from ``nn_module_stack``; empty at top level."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    last = paths[-1] if paths else ""
+    return "" if last.startswith("_empty_nn_module_stack") else last
+
+
+def site_names(gm: fx.GraphModule) -> list[str]:
+    """Give every scan its site name, the path of its module (``#i`` added where one module scans several times)."""
+    nodes = [node for _, node in scan_nodes(gm)]
+    paths = [node.meta.get(SITE) or module_path(node) or node.name for node in nodes]
+    names: list[str] = []
+    for i, path in enumerate(paths):
+        name = f"{path}#{paths[:i].count(path)}" if paths.count(path) > 1 else path
+        nodes[i].meta[SITE] = name
+        names.append(name)
+    return names
+
+
+def strip_metadata(gm: fx.GraphModule) -> None:
+    """Drop what export keeps for its own debugging and what would hold the private model copy alive."""
+    for owner in graph_modules(gm):
+        for node in owner.graph.nodes:
+            node.meta.pop("torch_fn", None)
+            node.meta.pop("from_node", None)
+            node.meta.pop("stack_trace", None)
+
+
+def value(node: Any) -> Any:
+    """The fake value of a node, or the constant itself."""
+    return node.meta.get("val") if isinstance(node, fx.Node) else node
+
+
+class Emitter:
+    """Insert nodes into a graph, each with its fake value, its site and the name of the pass that made it.
+
+    ``emit(target, *args)`` returns the new node; nodes and constants may be mixed in ``args``.
+    """
+
+    def __init__(self, graph: fx.Graph, before: fx.Node, made_by: str, like: fx.Node | None = None) -> None:
+        self.graph = graph
+        self.before = before
+        self.made_by = made_by
+        self.like = like or before
+
+    def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(target, args, kwargs)
+        for key in ("nn_module_stack", SITE):
+            if key in self.like.meta:
+                node.meta[key] = self.like.meta[key]
+        node.meta[MADE_BY] = self.made_by
+        refresh(node)
+        return node
+
+    def get_attr(self, owner: fx.GraphModule, name: str, tensor: torch.Tensor) -> fx.Node:
+        """Register ``tensor`` as a buffer of ``owner`` under a fresh name and return a node that reads it."""
+        fresh, i = name, 0
+        while hasattr(owner, fresh):
+            i += 1
+            fresh = f"{name}_{i}"
+        owner.register_buffer(fresh, tensor)
+        with self.graph.inserting_before(self.before):
+            node = self.graph.get_attr(fresh)
+        node.meta[MADE_BY] = self.made_by
+        mode = fake_mode(self.graph)
+        node.meta["val"] = mode.from_tensor(tensor) if mode is not None else tensor
+        return node
+
+
+def fake_mode(graph: fx.Graph) -> Any:
+    """The fake-tensor mode the values of ``graph`` belong to, or ``None``."""
+    values = [n.meta["val"] for n in graph.nodes if "val" in n.meta]
+    return detect_fake_mode(values)
+
+
+def refresh(node: fx.Node) -> None:
+    """Compute ``node.meta['val']`` from the fake values of its arguments."""
+    args, kwargs = pytree.tree_map_only(fx.Node, value, (node.args, node.kwargs))
+    tensors = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+    mode = detect_fake_mode(tensors)
+    with mode or contextlib.nullcontext(), torch.no_grad():
+        node.meta["val"] = node.target(*args, **kwargs)
+
+
+_CHECKS = {aten._assert_tensor_metadata.default}
+
+
+def is_effect_free(node: fx.Node) -> bool:
+    """True where a node may go once nothing reads it: pure operators, attribute reads, metadata assertions."""
+    if node.op == "get_attr" or node.target in _CHECKS:
+        return True
+    return node.op == "call_function" and not node.is_impure()
+
+
+def remove_dead_code(gm: fx.GraphModule) -> int:
+    """Erase nodes nothing reads, metadata assertions on values nothing else reads, and unread buffers; count of nodes."""
+    removed = 0
+    for owner in graph_modules(gm):
+        removed += _remove_dead_nodes(owner.graph)
+        owner.recompile()
+    gm.delete_all_unused_submodules()
+    drop_unused_attributes(gm)
+    return removed
+
+
+def _remove_dead_nodes(graph: fx.Graph) -> int:
+    removed = 0
+    for node in reversed(list(graph.nodes)):
+        if node.op in ("placeholder", "output") or not is_effect_free(node):
+            continue
+        users = list(node.users)
+        if any(user.target not in _CHECKS for user in users):
+            continue
+        if node.target in _CHECKS and not users:
+            # An assertion goes with the value it watches, not before.
+            continue
+        for user in users:
+            graph.erase_node(user)
+            removed += 1
+        graph.erase_node(node)
+        removed += 1
+    return removed
+
+
+def drop_unused_attributes(gm: fx.GraphModule) -> None:
+    """Delete parameters and buffers that no ``get_attr`` node reads any more, so that the result is as small as it is."""
+    used: set[str] = set()
+    for name, owner in gm.named_modules():
+        if isinstance(owner, fx.GraphModule):
+            prefix = f"{name}." if name else ""
+            used |= {prefix + str(n.target) for n in owner.graph.nodes if n.op == "get_attr"}
+        elif not name.startswith("_guards_fn"):
+            calls = any(n.op == "call_module" and n.target == name for n in gm.graph.nodes)
+            if calls:
+                used |= {f"{name}.{k}" for k in owner.state_dict()}
+    for full in [k for k, _ in (*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False))]:
+        if full not in used:
+            path, _, leaf = full.rpartition(".")
+            delattr(gm.get_submodule(path), leaf)
+
+
+def downstream(graph: fx.Graph, roots: set[fx.Node]) -> set[fx.Node]:
+    """Every node whose value depends on one of ``roots``, the roots included; needs a graph without mutation."""
+    reached = set(roots)
+    for node in graph.nodes:
+        if node not in reached and any(a in reached for a in node.all_input_nodes):
+            reached.add(node)
+    return reached

@@ -1,0 +1,183 @@
+"""Where a captured graph can be rewritten: one :class:`Site` per selective scan, one sentence per scan that cannot be."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .capture import capture_info
+from .errors import NoSitesError, SiteError
+from .execute import Executor
+from .graph import LAST_STATE, SITE, aten, scan_nodes
+from .regions import concrete_shape, is_annihilated
+
+__all__ = ["Site", "SiteList", "find_sites"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One selective scan that can be replaced.
+
+    ``name``: module path (``#i`` where a module scans several times). ``groups`` K, ``channels`` D per group, ``state`` N,
+    ``length`` L as traced. ``dtype`` of ``u``. ``skip``/``gate``: a ``+ D*u`` / ``* silu(z)`` follows inside the call.
+    ``annihilated``: a LayerNorm over channels absorbs everything VMeanba's scan would contribute; ``reason`` says which,
+    or why the site is live.
+    """
+
+    name: str
+    groups: int
+    channels: int
+    state: int
+    length: int
+    dtype: str
+    skip: bool
+    gate: bool
+    annihilated: bool
+    reason: str
+
+    @property
+    def kind(self) -> str:
+        return "annihilated" if self.annihilated else "live"
+
+    def flops(self, batch: int = 1) -> int:
+        """Operations of the full scan as the paper's authors count them: 9*B*L*D*N, + B*L*D for the skip."""
+        width = self.groups * self.channels * self.length * batch
+        return 9 * width * self.state + (width if self.skip else 0)
+
+    def flops_replaced(self, batch: int = 1) -> int:
+        """The same after VMeanba: B*L*D*N + 10*B*L*N, + the skip; of an annihilated site the skip alone remains."""
+        width = self.groups * self.channels * self.length * batch
+        skip = width if self.skip else 0
+        if self.annihilated:
+            return skip
+        return width * self.state + 10 * batch * self.groups * self.length * self.state + skip
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class SiteList(list[Site]):
+    """Sites in graph order. ``refused``: (name, sentence) for every scan that is no site."""
+
+    def __init__(self, sites: list[Site], refused: list[tuple[str, str]]) -> None:
+        super().__init__(sites)
+        self.refused = refused
+
+    def __str__(self) -> str:
+        from tabulate import tabulate
+
+        rows = [
+            [s.name, s.groups, s.channels, s.state, s.length, s.dtype, "yes" if s.skip else "no",
+             "yes" if s.gate else "no", s.kind, s.reason]
+            for s in self
+        ]  # fmt: skip
+        head = ["site", "K", "D", "N", "L", "dtype", "D skip", "gate", "kind", "because"]
+        lines = [tabulate(rows, head)] + [f"{name}: not a site, {why}" for name, why in self.refused]
+        return "\n".join(lines)
+
+
+def find_sites(gm: fx.GraphModule, *, probe: bool = True) -> SiteList:
+    """Every selective scan of a captured graph.
+
+    Args:
+        gm: what :func:`vmeanba_fx.capture` returned.
+        probe: confirm each verdict "annihilated" by one perturbed run on the captured example inputs.
+
+    Raises:
+        NoSitesError: the graph holds no scan that could be rewritten; the message lists those refused.
+        SiteError: the probe contradicts the structure (a defect worth reporting).
+    """
+    info = capture_info(gm)
+    refused = [(name or "(top level)", sentence) for name, sentence in info.refused]
+    sites: list[Site] = []
+    for owner, node in scan_nodes(gm):
+        name = node.meta[SITE]
+        why = _refusal(node)
+        if why:
+            refused.append((name, why))
+            continue
+        inside = "" if owner is gm else "it lies inside an autocast or checkpoint region"
+        sites.append(_describe(name, node, inside))
+    if not sites:
+        detail = "; ".join(f"{name}: {why}" for name, why in refused)
+        raise NoSitesError(
+            "the model has no selective scan to rewrite" + (f" ({detail})" if detail else "")
+            + ". If it has one under a signature of its own, see vmeanba_fx.register_scan"
+        )  # fmt: skip
+    if probe:
+        _probe(gm, sites)
+    return SiteList(sites, refused)
+
+
+def _refusal(node: fx.Node) -> str:
+    u, delta, _, B = node.args[:4]
+    for user in u.users:
+        if user.target in LAST_STATE and user.args[1] is delta and user.users:
+            return "its last state is used, which a one-channel scan does not have"
+    if concrete_shape(u)[1] == concrete_shape(B)[1]:
+        return "it has one channel per group (B and C constant over time, or per channel): nothing to average"
+    return ""
+
+
+def _describe(name: str, node: fx.Node, inside: str) -> Site:
+    u, B = node.args[0], node.args[3]
+    _, channels, length = concrete_shape(u)
+    _, groups, state, _ = concrete_shape(B)
+    annihilated, reason = (False, inside) if inside else is_annihilated(node, groups)
+    end, skip = _after_skip(node, u)
+    gate = any(user.target is aten.mul.Tensor and _is_silu(user, end) for user in end.users)
+    dtype = str(u.meta["val"].dtype).removeprefix("torch.")
+    return Site(name, groups, channels // groups, state, length, dtype, skip, gate, annihilated, reason)
+
+
+def _after_skip(node: fx.Node, u: fx.Node) -> tuple[fx.Node, bool]:
+    """The node after ``+ D*u`` and True, or the scan itself and False."""
+    for user in node.users:
+        if user.target is aten.add.Tensor:
+            other = user.args[1] if user.args[0] is node else user.args[0]
+            if isinstance(other, fx.Node) and other.target is aten.mul.Tensor and u in other.all_input_nodes:
+                return user, True
+    return node, False
+
+
+def _is_silu(product: fx.Node, of: fx.Node) -> bool:
+    others = [a for a in product.all_input_nodes if a is not of]
+    return any(a.target is aten.silu.default for a in others)
+
+
+def _probe(gm: fx.GraphModule, sites: list[Site]) -> None:
+    """Shift each annihilated scan by something constant over channels and see that the model's outputs stay."""
+    info = capture_info(gm)
+    nodes = {node.meta[SITE]: node for owner, node in scan_nodes(gm) if owner is gm}
+    checked = [s for s in sites if s.annihilated]
+    if not checked:
+        return
+    executor = Executor(gm, [nodes[s.name] for s in checked])
+    device = executor.device
+    args, kwargs = executor.to_device((info.args, info.kwargs), device)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        base, state = executor.run(*args, **kwargs)
+        for site in checked:
+            node = nodes[site.name]
+            y = state.value(node)
+            noise = torch.randn(y.shape[0], site.groups, 1, y.shape[2], generator=torch.Generator().manual_seed(1))
+            scale = float(y.abs().max()) or 1.0
+            shift = (noise.to(y) * scale).expand(-1, -1, site.channels, -1).reshape(y.shape)
+            moved = executor.rerun(state, {node: y + shift})
+            for old, new in zip(_tensors(base), _tensors(moved), strict=True):
+                # Half-precision merges round the shift itself; anything a live site does is far larger than this.
+                tolerance = 1e-3 if y.dtype in (torch.float32, torch.float64) and old.dtype == y.dtype else 5e-2
+                error = float((new - old).float().abs().max()) / max(float(old.float().abs().max()), 1e-12)
+                if not error <= tolerance:
+                    raise SiteError(
+                        f"{site.name}: its structure says that a LayerNorm absorbs channel-constant terms "
+                        f"({site.reason}), but shifting the scan moved the output by {error:.1e} (relative). "
+                        "Please report this model; find_sites(probe=False) skips the check"
+                    )
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    return [t for t in torch.utils._pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
