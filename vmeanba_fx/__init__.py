@@ -15,3 +15,42 @@ if importlib.util.find_spec("vmeanba_fx.passes") is None:
     _passes = importlib.util.module_from_spec(_spec)
     sys.modules["vmeanba_fx.passes"] = _passes
     _spec.loader.exec_module(_passes)
+
+from .api import transform
+from .calibrate import calibrate
+from .capture import capture
+from .errors import (
+    CalibrationError,
+    CaptureError,
+    GraphCheckError,
+    NoSitesError,
+    PlanError,
+    SiteError,
+    VMeanbaError,
+)
+from .metrics import Batch
+from .plan import Plan
+from .registry import ScanCall, register_scan
+from .report import Report, report
+from .sites import Site, find_sites
+
+__all__ = [
+    "Batch",
+    "CalibrationError",
+    "CaptureError",
+    "GraphCheckError",
+    "NoSitesError",
+    "Plan",
+    "PlanError",
+    "Report",
+    "ScanCall",
+    "Site",
+    "SiteError",
+    "VMeanbaError",
+    "calibrate",
+    "capture",
+    "find_sites",
+    "register_scan",
+    "report",
+    "transform",
+]

@@ -1,0 +1,47 @@
+"""The one-line form: calibrate, choose, apply."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from .calibrate import calibrate
+
+__all__ = ["transform"]
+
+_APPLY = frozenset({"max_drop", "sites", "exclude", "skip_passes", "verify", "dump"})
+
+
+def transform(
+    model: nn.Module | fx.GraphModule | ExportedProgram, calib_loader: Iterable[Any], k: int | None = None, **options: Any
+) -> fx.GraphModule:
+    """Replace the ``k`` selective scans that matter least by VMeanba, without training. Lossy for ``k > 0``.
+
+    Exactly ``plan = calibrate(model, calib_loader, ...)`` followed by ``plan.apply(k=k, ...)``; where nothing has to
+    be ranked (``k=0``, or ``sites=``) the sites are not scored.
+
+    Args:
+        model: an ``nn.Module``, a traced ``torch.fx.GraphModule`` or an ``ExportedProgram``; it is not changed.
+        calib_loader: batches of inputs, with labels or without.
+        k: how many sites to replace; or choose with ``max_drop=`` or ``sites=`` (see :meth:`Plan.choose`).
+        **options: of :func:`calibrate` (``metric``, ``mean``, ``transform_fn``, ``seed``, ``resume``, ...) and of
+            :meth:`Plan.apply` (``exclude``, ``skip_passes``, ``verify``, ``dump``, ...).
+
+    Returns:
+        A ``GraphModule`` on the model's device, in eval mode. ``print(vmeanba_fx.report(gm))`` tells what was done.
+
+    Raises:
+        Everything :func:`calibrate` and :meth:`Plan.apply` raise; the model and files stay as they were.
+    """
+    apply_options = {name: options.pop(name) for name in list(options) if name in _APPLY}
+    needs_scores = k != 0 and apply_options.get("sites") is None
+    if needs_scores and k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 0):
+        # Do not score for minutes to refuse afterwards.
+        from .errors import SiteError
+
+        raise SiteError(f"k={k!r}: give a whole number that is not negative")
+    plan = calibrate(model, calib_loader, score_sites=needs_scores, **options)
+    return plan.apply(k, **apply_options)

@@ -1,0 +1,68 @@
+"""Reading and writing small JSON files that may come from anywhere and must never be left half written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .errors import PlanError
+
+_MAX_BYTES = 4 * 2**20
+_MAX_DEPTH = 32
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+def read_json(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
+    """One JSON object from a file of at most 4 MiB, nested at most 32 deep.
+
+    Raises:
+        PlanError: the file is missing, too large, too deeply nested, not JSON, or not an object.
+    """
+    try:
+        with open(path, "rb") as file:
+            text = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise PlanError(f"cannot read {what} {path}: {error.strerror or error}") from None
+    if len(text) > _MAX_BYTES:
+        raise PlanError(f"{what} {path} is larger than {_MAX_BYTES // 2**20} MiB, which no {what} is")
+    depth = 0
+    for byte in text.translate(None, _NOT_BRACKETS):
+        depth += 1 if byte in b"[{" else -1
+        if depth > _MAX_DEPTH:
+            raise PlanError(f"{what} {path} is nested more than {_MAX_DEPTH} deep")
+    try:
+        content = json.loads(text.decode("utf-8"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"{what} {path} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise PlanError(f"{what} {path} holds a {type(content).__name__}, not an object")
+    return content
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number")
+
+
+def write_atomically(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` beside ``path`` and move it there: the old file stays whole until the new one is.
+
+    Raises:
+        OSError: the folder is missing, read-only or full; names the path.
+    """
+    target = Path(path)
+    try:
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {target}: {error.strerror}") from None
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(name, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise

@@ -1,0 +1,176 @@
+"""Batches as loaders give them, and the metrics a site's impact is measured with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from .errors import CalibrationError
+
+__all__ = ["Batch", "Metric", "resolve_metric"]
+
+_LABEL_KEYS = ("labels", "label", "targets", "target", "y")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of one forward (``args``, ``kwargs``), the ``labels`` if there are any, and the batch as the loader gave it."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    labels: Any = None
+    raw: Any = None
+
+    @property
+    def size(self) -> int:
+        """Samples in the batch: the first dimension of the first tensor."""
+        for t in pytree.tree_leaves((self.args, self.kwargs)):
+            if isinstance(t, Tensor) and t.dim():
+                return t.shape[0]
+        raise CalibrationError("a batch without any tensor")
+
+    def to(self, device: torch.device) -> Batch:
+        args, kwargs, labels, raw = pytree.tree_map_only(
+            Tensor, lambda t: t.to(device), (self.args, self.kwargs, self.labels, self.raw)
+        )
+        return Batch(args, kwargs, labels, raw)
+
+    def digest(self) -> bytes:
+        """SHA-256 over dtypes, shapes and bytes of everything that enters a score."""
+        h = hashlib.sha256()
+        for leaf in pytree.tree_leaves((self.args, self.kwargs, self.labels)):
+            if isinstance(leaf, Tensor):
+                h.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+                h.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            else:
+                h.update(repr(leaf).encode())
+        return h.digest()
+
+
+def unpack(raw: Any, transform_fn: Callable[[Any], Any] | None = None) -> Batch:
+    """What a loader gave, as a :class:`Batch`.
+
+    A tensor is the only input; ``(x,)`` and ``(x, labels)`` are input and labels; of a mapping, the key ``labels``
+    (or ``label``, ``target(s)``, ``y``) holds the labels and the rest are keyword inputs. ``transform_fn`` maps any
+    other batch to one of these, or to a :class:`Batch`.
+
+    Raises:
+        CalibrationError: none of these.
+    """
+    given = raw if transform_fn is None else transform_fn(raw)
+    if isinstance(given, Batch):
+        return Batch(given.args, given.kwargs, given.labels, raw)
+    if isinstance(given, Tensor):
+        return Batch((given,), raw=raw)
+    if isinstance(given, Mapping):
+        kwargs = dict(given)
+        labels = next((kwargs.pop(key) for key in _LABEL_KEYS if key in kwargs), None)
+        return Batch((), kwargs, labels, raw)
+    if isinstance(given, (tuple, list)) and len(given) in (1, 2) and isinstance(given[0], Tensor):
+        return Batch((given[0],), labels=given[1] if len(given) == 2 else None, raw=raw)
+    raise CalibrationError(
+        f"cannot tell inputs from labels in a batch of type {type(given).__name__}"
+        f"{f' of length {len(given)}' if isinstance(given, (tuple, list)) else ''}: "
+        "pass transform_fn=lambda batch: (inputs, labels)"
+    )
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """The class scores among a model's outputs: the tensor itself, ``.logits``, ``["logits"]``, or the only tensor."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(outputs, Mapping) and isinstance(outputs.get("logits"), Tensor):
+        return outputs["logits"]
+    if isinstance(getattr(outputs, "logits", None), Tensor):
+        return outputs.logits
+    tensors = [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
+    if len(tensors) == 1:
+        return tensors[0]
+    raise CalibrationError(
+        f"the model returns {len(tensors)} tensors and none is called logits: "
+        "pass metric=callable(outputs, batch), which gets the outputs whole"
+    )
+
+
+def per_sample(values: Tensor) -> Tensor:
+    """Mean over every dimension but the first, in float64."""
+    return values.double().flatten(1).mean(1) if values.dim() > 1 else values.double()
+
+
+def _accuracy(outputs: Any, batch: Batch, _: Any) -> Tensor:
+    logits = logits_of(outputs)
+    return per_sample((logits.argmax(1) == batch.labels).to(torch.float64))
+
+
+def _loss(outputs: Any, batch: Batch, _: Any) -> Tensor:
+    return per_sample(F.cross_entropy(logits_of(outputs).double(), batch.labels, reduction="none"))
+
+
+def kl(outputs: Any, base: Any) -> Tensor:
+    """KL(original || rewritten) of the class distributions, one value per sample; no labels needed."""
+    new, old = F.log_softmax(logits_of(outputs).double(), 1), F.log_softmax(logits_of(base).double(), 1)
+    return per_sample((old.exp() * (old - new)).sum(1))
+
+
+def _kl(outputs: Any, _: Batch, base: Any) -> Tensor:
+    return kl(outputs, base)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """``compute(outputs, batch, base_outputs)`` gives one value per sample, or one for the batch."""
+
+    name: str
+    compute: Callable[[Any, Batch, Any], Tensor]
+    higher_is_better: bool
+    needs_labels: bool
+
+
+_METRICS = {
+    "accuracy": Metric("accuracy", _accuracy, True, True),
+    "loss": Metric("loss", _loss, False, True),
+    "kl": Metric("kl", _kl, False, False),
+}
+
+
+def resolve_metric(metric: str | Callable[..., Any] | None, has_labels: bool) -> Metric:
+    """A metric by name, or from ``callable(outputs, batch) -> float tensor`` with the loader's own batch.
+
+    A callable counts as "higher is better" unless it has an attribute ``higher_is_better = False``. ``None`` is
+    ``accuracy`` where the loader gives labels and ``kl`` where it does not.
+
+    Raises:
+        CalibrationError: an unknown name, or a metric that needs labels on a loader without.
+    """
+    if metric is None:
+        metric = "accuracy" if has_labels else "kl"
+    if isinstance(metric, str):
+        if metric not in _METRICS:
+            raise CalibrationError(f"unknown metric {metric!r}: use {', '.join(_METRICS)}, or a callable(outputs, batch)")
+        found = _METRICS[metric]
+        if found.needs_labels and not has_labels:
+            raise CalibrationError(f"metric {metric!r} needs labels, which the loader does not give; metric='kl' needs none")
+        return found
+    if not callable(metric):
+        raise CalibrationError(f"metric must be a name or a callable, not {type(metric).__name__}")
+    name = getattr(metric, "__name__", type(metric).__name__)
+    fn = metric
+    return Metric(name, lambda out, batch, _: fn(out, batch.raw), getattr(fn, "higher_is_better", True), False)
+
+
+def score(metric: Metric, outputs: Any, batch: Batch, base: Any) -> tuple[float, int]:
+    """(sum over samples, samples) of one batch; not finite values are passed on for the caller to name the site."""
+    values = metric.compute(outputs, batch, base)
+    if not isinstance(values, Tensor) or not values.is_floating_point() or values.dim() > 1:
+        got = f"a tensor of shape {tuple(values.shape)}, {values.dtype}" if isinstance(values, Tensor) else type(values).__name__
+        raise CalibrationError(f"metric {metric.name!r} must return a float tensor, one value or one per sample; got {got}")
+    if values.dim() == 0:
+        return float(values.double()) * batch.size, batch.size
+    return float(values.double().sum()), values.numel()

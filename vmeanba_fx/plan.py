@@ -1,0 +1,372 @@
+"""The plan: what calibration found, what a choice of sites would do, and the step from there to a rewritten model."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from .capture import capture, capture_info
+from .errors import PlanError, SiteError
+from .files import read_json, write_atomically
+from .graph import SITE, graph_modules, scan_nodes
+from .passes import Pass, drop_annihilated, mean_scan, run_passes
+from .passes.mean_scan import Mean, check_mean
+from .report import Report, attach_report, site_table
+from .sites import Site
+
+__all__ = ["Fingerprint", "Plan"]
+
+_FORMAT = "vmeanba_fx.plan"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What scores depend on: graph, weights, options, seed, data. Two runs agree where all five do."""
+
+    graph: str
+    weights: str
+    options: dict[str, Any]
+    seed: int
+    data: str = ""
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule, *, seed: int, options: dict[str, Any]) -> Fingerprint:
+        return cls(_graph_digest(gm), _weights_digest(gm), dict(options), seed)
+
+    def with_data(self, data: str) -> Fingerprint:
+        return replace(self, data=data)
+
+    def difference(self, other: Fingerprint) -> str:
+        """What differs, as words; empty where nothing does. Data are compared where both sides know theirs."""
+        parts = {
+            "another model graph": self.graph != other.graph,
+            "other weights": self.weights != other.weights,
+            f"other options, {self.options} against {other.options}": self.options != other.options,
+            f"seed {self.seed} against {other.seed}": self.seed != other.seed,
+            "other calibration data": bool(self.data and other.data and self.data != other.data),
+        }
+        return ", ".join(text for text, differs in parts.items() if differs)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, d: Any) -> Fingerprint:
+        kinds = {"graph": str, "weights": str, "options": dict, "seed": int, "data": str}
+        if not isinstance(d, dict) or set(d) != set(kinds) or not all(isinstance(d[k], t) for k, t in kinds.items()):
+            raise ValueError("the fingerprint is incomplete")
+        return cls(**d)
+
+
+def _graph_digest(gm: fx.GraphModule) -> str:
+    h = hashlib.sha256()
+    for owner in graph_modules(gm):
+        for node in owner.graph.nodes:
+            h.update(f"{node.op} {node.target} {node.meta.get(SITE, '')} {len(node.all_input_nodes)}\n".encode())
+    return h.hexdigest()
+
+
+def _weights_digest(gm: fx.GraphModule) -> str:
+    h = hashlib.sha256()
+    tensors = dict(gm.named_parameters(remove_duplicate=False)) | dict(gm.named_buffers(remove_duplicate=False))
+    for name in sorted(tensors):
+        t = tensors[name].detach().cpu().contiguous()
+        h.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
+        h.update(t.flatten().view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
+
+
+@dataclass
+class Plan:
+    """Sites with their impact scores, and how to apply a choice of them.
+
+    ``scores[i]`` is the metric with only site i replaced, ``base`` that of the unchanged model; :meth:`impact` is the
+    paper's layer impact score, positive where the metric got worse. ``samples`` is how many samples were scored.
+    """
+
+    sites: list[Site]
+    refused: list[tuple[str, str]]
+    metric: str
+    higher_is_better: bool
+    mean: Mean
+    base: float | None
+    scores: list[float]
+    tiebreaks: list[float]
+    samples: int
+    fingerprint: Fingerprint
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    graph: fx.GraphModule | None = field(default=None, repr=False, compare=False)
+
+    # -- scores and choice ------------------------------------------------------------------------------------------
+
+    def impact(self, index: int) -> float:
+        """Layer impact score of site ``index``: how much worse the metric gets when only that site is replaced."""
+        if self.base is None or not self.scores:
+            raise PlanError("this plan has no scores: calibrate the model first")
+        change = self.base - self.scores[index]
+        return change if self.higher_is_better else -change
+
+    def order(self) -> list[int]:
+        """Site indices from least to most harmful. Ties go to the smaller shift of the outputs (KL), then graph order."""
+        ties = self.tiebreaks or [0.0] * len(self.sites)
+        return sorted(range(len(self.sites)), key=lambda i: (self.impact(i), ties[i], i))
+
+    def choose(
+        self,
+        k: int | None = None,
+        *,
+        max_drop: float | None = None,
+        sites: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] = (),
+    ) -> list[str]:
+        """Names of the sites to replace, in graph order. Give exactly one of ``k``, ``max_drop`` and ``sites``.
+
+        Args:
+            k: replace the k sites of least impact.
+            max_drop: replace as many sites, least harmful first, as keep the *sum of their impacts* at or below this,
+                in units of the metric. Impacts are measured one by one, so the sum is an estimate.
+            sites: names or globs of the sites to replace.
+            exclude: names or globs of sites that must stay.
+
+        Raises:
+            SiteError: ``k`` is not an int, negative or larger than what can be replaced; a name or glob matches
+                nothing; not exactly one way of choosing is given.
+        """
+        if sum(option is not None for option in (k, max_drop, sites)) != 1:
+            raise SiteError("say how to choose: give exactly one of k=, max_drop= and sites=")
+        kept_out = self._match(exclude, "exclude")
+        if sites is not None:
+            named = self._match(sites, "sites")
+            return [s.name for s in self.sites if s.name in named and s.name not in kept_out]
+        free = len(self.sites) - len(kept_out)
+        if k is not None:
+            if not isinstance(k, int) or isinstance(k, bool):
+                raise SiteError(f"k={k!r}: give a whole number")
+            if not 0 <= k <= free:
+                raise SiteError(f"k={k}: this model has {free} sites to replace, so k can be 0 to {free}")
+            if k == 0:
+                return []
+            if k == free:
+                return [s.name for s in self.sites if s.name not in kept_out]
+        ranked = [i for i in self.order() if self.sites[i].name not in kept_out]
+        picked = set(ranked[:k]) if k is not None else self._within(ranked, max_drop)
+        return [s.name for i, s in enumerate(self.sites) if i in picked]
+
+    def _within(self, ranked: list[int], max_drop: float | None) -> set[int]:
+        if not isinstance(max_drop, (int, float)) or isinstance(max_drop, bool) or not math.isfinite(max_drop) or max_drop < 0:
+            raise SiteError(f"max_drop={max_drop!r}: give a number of at least 0, in units of the metric {self.metric!r}")
+        total, picked = 0.0, set()
+        for i in ranked:
+            total += max(self.impact(i), 0.0)
+            if total > max_drop:
+                break
+            picked.add(i)
+        return picked
+
+    def _match(self, patterns: str | Sequence[str], what: str) -> set[str]:
+        found: set[str] = set()
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            names = [s.name for s in self.sites if s.name == pattern or fnmatch.fnmatchcase(s.name, pattern)]
+            if not names:
+                raise SiteError(
+                    f"{what}: {pattern!r} matches no site; the sites are {', '.join(s.name for s in self.sites)}"
+                )
+            found.update(names)
+        return found
+
+    # -- applying ---------------------------------------------------------------------------------------------------
+
+    def apply(
+        self,
+        k: int | None = None,
+        *,
+        max_drop: float | None = None,
+        sites: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] = (),
+        model: nn.Module | None = None,
+        skip_passes: Iterable[str] = (),
+        verify: bool = False,
+        dump: str | os.PathLike[str] | None = None,
+    ) -> fx.GraphModule:
+        """A new ``GraphModule`` with the chosen sites replaced (see :meth:`choose`); the plan and the model stay as they are.
+
+        Args:
+            model: where the plan was loaded from a file, the model to rewrite. Its graph and weights must be those
+                the plan was made from.
+            skip_passes: names of passes to leave out, for instance ``"drop_annihilated"`` to keep the literal block.
+            verify: run every exact pass before and after on the captured inputs and name the one that moved an output.
+            dump: folder for the readable graph after each pass.
+
+        Raises:
+            SiteError: see :meth:`choose`.
+            PlanError: no model is at hand, or it is not the one of this plan.
+        """
+        chosen = self.choose(k, max_drop=max_drop, sites=sites, exclude=exclude)
+        gm = self._graph_for(model)
+        info = capture_info(gm)
+        passes = self._passes(chosen)
+        device = next((t.device for t in (*gm.parameters(), *gm.buffers())), torch.device("cpu"))
+        args = pytree.tree_map_only(Tensor, lambda t: t.to(device), (info.args, info.kwargs)) if verify else None
+        gm, records = run_passes(gm, passes, skip=skip_passes, verify_args=args, dump=dump)
+        attach_report(gm, Report.of(self, chosen, records))
+        return gm
+
+    def _passes(self, chosen: list[str]) -> list[Pass]:
+        lossy = [Pass("mean_scan", partial(mean_scan, sites=chosen, mean=self.mean), exact=False)] if chosen else []
+        return [*lossy, Pass("drop_annihilated", drop_annihilated, exact=True)]
+
+    def _graph_for(self, model: nn.Module | None) -> fx.GraphModule:
+        if model is None:
+            if self.graph is None:
+                raise PlanError("this plan was loaded from a file: pass the model too, plan.apply(..., model=model)")
+            return copy.deepcopy(self.graph)
+        gm = capture(model, *self._example_inputs())
+        scans = {node.meta[SITE] for _, node in scan_nodes(gm)}
+        missing = [s.name for s in self.sites if s.name not in scans]
+        if missing:
+            raise PlanError(f"the plan is of another model: it has no site named {', '.join(missing)}")
+        mine = Fingerprint.of(gm, seed=self.fingerprint.seed, options=self.fingerprint.options)
+        reason = self.fingerprint.difference(mine)
+        if reason:
+            raise PlanError(f"the plan is of another model ({reason}): calibrate this one")
+        return gm
+
+    def _example_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = [], {}
+        for item in self.inputs:
+            dtype = getattr(torch, item["dtype"])
+            example = torch.zeros(item["shape"], dtype=dtype)
+            if isinstance(item["key"], int):
+                args.append(example)
+            else:
+                kwargs[item["key"]] = example
+        return tuple(args), kwargs
+
+    # -- printing and files -----------------------------------------------------------------------------------------
+
+    def table(self, chosen: Iterable[str] = ()) -> str:
+        """The sites with shape, kind, impact and FLOPs; with ``chosen``, which of them are replaced."""
+        return site_table(self, set(chosen))
+
+    def __str__(self) -> str:
+        lines = [self.table()]
+        if self.base is not None:
+            lines.append(f"{self.metric} of the unchanged model: {self.base:.6g} ({self.samples} samples)")
+        lines += [f"{name}: not a site, {why}" for name, why in self.refused]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the graph, JSON-ready."""
+        return {
+            "format": _FORMAT, "version": _VERSION, "metric": self.metric, "higher_is_better": self.higher_is_better,
+            "mean": self.mean, "base": self.base, "samples": self.samples, "scores": self.scores,
+            "tiebreaks": self.tiebreaks, "sites": [s.to_dict() for s in self.sites],
+            "refused": [list(r) for r in self.refused], "inputs": self.inputs,
+            "fingerprint": self.fingerprint.to_dict(),
+        }  # fmt: skip
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON; the file is complete or not there at all."""
+        write_atomically(path, json.dumps(self.to_dict(), indent=1, sort_keys=True) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan. Nothing in the file is executed; everything is checked.
+
+        Raises:
+            PlanError: the file is missing, damaged, too large, too deep, or not a plan of this version.
+        """
+        content = read_json(path, "plan")
+        try:
+            return cls._from_dict(content)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise PlanError(f"{Path(path)} is not a valid plan: {error}") from None
+
+    @classmethod
+    def _from_dict(cls, d: dict[str, Any]) -> Plan:
+        if d.get("format") != _FORMAT:
+            raise ValueError(f"its format is {d.get('format')!r}, expected {_FORMAT!r}")
+        if d.get("version") != _VERSION:
+            raise ValueError(f"its version is {d.get('version')!r}, this release reads {_VERSION}")
+        sites = [_site(s) for s in _typed(d, "sites", list)]
+        if not sites or len({s.name for s in sites}) != len(sites):
+            raise ValueError("site names are missing or not unique")
+        scores, ties = _numbers(d, "scores"), _numbers(d, "tiebreaks")
+        for name, values in (("scores", scores), ("tiebreaks", ties)):
+            if len(values) not in (0, len(sites)):
+                raise ValueError(f"{len(values)} {name} for {len(sites)} sites")
+        base = d["base"]
+        if (base is None) != (not scores) or base is not None and not isinstance(base, (int, float)):
+            raise ValueError("base is missing or not a number")
+        check_mean(_typed(d, "mean", str))
+        inputs = _typed(d, "inputs", list)
+        _check_inputs(inputs)
+        refused = [(str(a), str(b)) for a, b in _typed(d, "refused", list)]
+        return cls(
+            sites, refused, _typed(d, "metric", str), _typed(d, "higher_is_better", bool), d["mean"],
+            None if base is None else float(base), scores, ties, _typed(d, "samples", int),
+            Fingerprint.from_dict(d["fingerprint"]), inputs,
+        )  # fmt: skip
+
+
+def _typed(d: dict[str, Any], key: str, kind: type) -> Any:
+    if key not in d:
+        raise ValueError(f"{key} is missing")
+    if not isinstance(d[key], kind) or kind is int and isinstance(d[key], bool):
+        raise ValueError(f"{key} is a {type(d[key]).__name__}, expected {kind.__name__}")
+    return d[key]
+
+
+def _numbers(d: dict[str, Any], key: str) -> list[float]:
+    values = _typed(d, key, list)
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values):
+        raise ValueError(f"{key} holds something that is not a finite number")
+    return [float(v) for v in values]
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    name: (lambda v, kind=kind: isinstance(v, kind) and (kind is bool or not isinstance(v, bool)))
+    for name, kind in {
+        "name": str, "groups": int, "channels": int, "state": int, "length": int, "dtype": str, "skip": bool,
+        "gate": bool, "annihilated": bool, "reason": str,
+    }.items()
+}  # fmt: skip
+
+
+def _site(d: Any) -> Site:
+    if not isinstance(d, dict) or set(d) != set(_FIELDS):
+        raise ValueError("a site with missing or unknown fields")
+    for name, ok in _FIELDS.items():
+        if not ok(d[name]):
+            raise ValueError(f"a site whose {name} is {d[name]!r}")
+    return Site(**d)
+
+
+def _check_inputs(inputs: list[Any]) -> None:
+    limit = 2**31  # elements of one example input; a plan must not make the reader allocate without bound
+    for item in inputs:
+        ok = (
+            isinstance(item, dict)
+            and set(item) == {"key", "shape", "dtype"}
+            and isinstance(item["key"], (int, str))
+            and isinstance(item["shape"], list)
+            and all(isinstance(s, int) and s >= 0 for s in item["shape"])
+            and math.prod(item["shape"]) < limit
+            and isinstance(getattr(torch, str(item["dtype"]), None), torch.dtype)
+        )
+        if not ok:
+            raise ValueError(f"an input described as {str(item)[:80]}")

@@ -1,0 +1,103 @@
+"""What was done to a model: one object whose ``str()`` is the table and whose ``to_dict()`` is the JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tabulate import tabulate
+from torch import fx
+
+from .errors import VMeanbaError
+from .passes.manager import PassRecord
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+__all__ = ["Report", "report"]
+
+_META = "vmeanba_fx.report"
+
+
+@dataclass(frozen=True)
+class Report:
+    """``chosen``: names of the replaced sites. ``table``: all sites as printed. ``passes``: what each pass changed.
+
+    ``flops_before``/``flops_after``: operations of all scans at batch 1, as the paper's authors count them.
+    """
+
+    chosen: tuple[str, ...]
+    metric: str
+    base: float | None
+    impacts: dict[str, float]
+    mean: str
+    flops_before: int
+    flops_after: int
+    passes: tuple[PassRecord, ...]
+    table: str = field(repr=False)
+
+    @classmethod
+    def of(cls, plan: Plan, chosen: list[str], records: list[PassRecord]) -> Report:
+        impacts = {s.name: plan.impact(i) for i, s in enumerate(plan.sites)} if plan.scores else {}
+        # The literal block keeps its scan unless the exact pass removed it.
+        cleaned = any(r.name == "drop_annihilated" for r in records)
+        after = sum(
+            s.flops() if s.name not in chosen else (s if cleaned else _as_live(s)).flops_replaced() for s in plan.sites
+        )
+        before = sum(s.flops() for s in plan.sites)
+        return cls(
+            tuple(chosen), plan.metric, plan.base, impacts, plan.mean, before, after, tuple(records), plan.table(chosen)
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        total = len(self.chosen)
+        lines = [
+            self.table,
+            f"{total} sites replaced (lossy, mean={self.mean!r}); "
+            f"scan FLOPs {self.flops_before:,} -> {self.flops_after:,} per image",
+            *map(str, self.passes),
+        ]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "chosen": list(self.chosen), "metric": self.metric, "base": self.base, "impacts": self.impacts,
+            "mean": self.mean, "flops_before": self.flops_before, "flops_after": self.flops_after,
+            "passes": [p.to_dict() for p in self.passes],
+        }  # fmt: skip
+
+
+def _as_live(site: Any) -> Any:
+    from dataclasses import replace
+
+    return replace(site, annihilated=False)
+
+
+def report(gm: fx.GraphModule) -> Report:
+    """The report of a rewritten model.
+
+    Raises:
+        VMeanbaError: ``gm`` was not made by :func:`vmeanba_fx.transform` or :meth:`Plan.apply`.
+    """
+    found = gm.meta.get(_META)
+    if not isinstance(found, Report):
+        raise VMeanbaError("this GraphModule carries no report: it was not made by vmeanba_fx.transform or Plan.apply")
+    return found
+
+
+def attach_report(gm: fx.GraphModule, found: Report) -> None:
+    gm.meta[_META] = found
+
+
+def site_table(plan: Plan, chosen: set[str]) -> str:
+    """tabulate table of a plan's sites; FLOPs are per image, as the paper's authors count them (millions)."""
+    rows = []
+    ranks = {i: r for r, i in enumerate(plan.order())} if plan.scores else {}
+    for i, s in enumerate(plan.sites):
+        impact = f"{plan.impact(i):+.5f}" if plan.scores else "-"
+        rows.append(
+            [s.name, s.groups, s.channels, s.state, s.length, s.kind, impact, ranks.get(i, "-"),
+             f"{s.flops() / 1e6:.2f}", f"{s.flops_replaced() / 1e6:.2f}", "replaced" if s.name in chosen else ""]
+        )  # fmt: skip
+    head = ["site", "K", "D", "N", "L", "kind", f"impact ({plan.metric})", "rank", "MFLOPs", "after", "chosen"]
+    return tabulate(rows, head, disable_numparse=True, colalign=("left", *["right"] * 4, "left", *["right"] * 4, "left"))
