@@ -29,6 +29,8 @@ from vmeanba_fx.regions import is_annihilated
 from .mean_scan import BROADCAST
 
 NAME = "drop_annihilated"
+SKIP = "vmeanba_fx.skip"
+"""``node.meta`` key of a product D*u whose scan was dropped; its value is the number of groups K."""
 
 
 def drop_annihilated(gm: fx.GraphModule) -> fx.GraphModule:
@@ -46,6 +48,7 @@ def _drop(graph: fx.Graph, broadcast: fx.Node) -> None:
     for user in list(broadcast.users):
         other = _other_summand(user, broadcast)
         if other is not None:
+            other.meta[SKIP] = broadcast.meta[BROADCAST]
             user.replace_all_uses_with(other)
     if broadcast.users:
         # No sum of equal shape to fold into: a zero of the same shape is as good, and still needs no scan.

@@ -21,10 +21,10 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from . import ops
-from .ops.last_state import last_state
 from .errors import CaptureError
 from .graph import SCAN, scan_nodes, site_names, strip_metadata
 from .intercept import Discovery, Interception, cpu_device_guard, intercept
+from .ops.last_state import last_state
 from .registry import ScanCall
 
 __all__ = ["CaptureInfo", "capture", "capture_info"]

@@ -67,7 +67,7 @@ def _trampoline(key: int, n_free: int) -> types.CodeType:
 
 def _is_foreign(module: str | None) -> bool:
     root = (module or "").partition(".")[0]
-    return root in _FOREIGN or root in sys.stdlib_module_names and root != "__main__"
+    return root in _FOREIGN or (root in sys.stdlib_module_names and root != "__main__")
 
 
 def _code_names(code: types.CodeType) -> set[str]:

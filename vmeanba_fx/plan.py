@@ -22,7 +22,7 @@ from .capture import capture, capture_info
 from .errors import PlanError, SiteError
 from .files import read_json, write_atomically
 from .graph import SITE, graph_modules, scan_nodes
-from .passes import Pass, drop_annihilated, mean_scan, run_passes
+from .passes import Pass, drop_annihilated, fuse_ss2d, mean_scan, merge_skips, run_passes
 from .passes.mean_scan import Mean, check_mean
 from .report import Report, attach_report, site_table
 from .sites import Site
@@ -227,7 +227,8 @@ class Plan:
 
     def _passes(self, chosen: list[str]) -> list[Pass]:
         lossy = [Pass("mean_scan", partial(mean_scan, sites=chosen, mean=self.mean), exact=False)] if chosen else []
-        return [*lossy, Pass("drop_annihilated", drop_annihilated, exact=True)]
+        exact = {"drop_annihilated": drop_annihilated, "merge_skips": merge_skips, "fuse_ss2d": fuse_ss2d}
+        return [*lossy, *(Pass(name, run, exact=True) for name, run in exact.items())]
 
     def _graph_for(self, model: nn.Module | None) -> fx.GraphModule:
         if model is None:
@@ -310,7 +311,7 @@ class Plan:
             if len(values) not in (0, len(sites)):
                 raise ValueError(f"{len(values)} {name} for {len(sites)} sites")
         base = d["base"]
-        if (base is None) != (not scores) or base is not None and not isinstance(base, (int, float)):
+        if (base is None) != (not scores) or (base is not None and not isinstance(base, (int, float))):
             raise ValueError("base is missing or not a number")
         check_mean(_typed(d, "mean", str))
         inputs = _typed(d, "inputs", list)
@@ -326,7 +327,7 @@ class Plan:
 def _typed(d: dict[str, Any], key: str, kind: type) -> Any:
     if key not in d:
         raise ValueError(f"{key} is missing")
-    if not isinstance(d[key], kind) or kind is int and isinstance(d[key], bool):
+    if not isinstance(d[key], kind) or (kind is int and isinstance(d[key], bool)):
         raise ValueError(f"{key} is a {type(d[key]).__name__}, expected {kind.__name__}")
     return d[key]
 

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from .graph import aten, value
 
 # Linear in their tensor inputs, whatever their other arguments are. Products are allowed with one reached factor only.
-_LINEAR = {
+LINEAR = {
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.permute.default, aten.transpose.int,
     aten.t.default, aten.flatten.using_ints, aten.unflatten.int, aten.unsqueeze.default, aten.squeeze.default,
     aten.squeeze.dim, aten.squeeze.dims, aten.expand.default, aten.expand_as.default, aten.select.int,
@@ -29,14 +29,14 @@ _LINEAR = {
     aten.add.Tensor, aten.sub.Tensor, aten.neg.default, aten.sum.dim_IntList, aten.repeat.default,
     aten.movedim.int, aten.swapaxes.default, aten.numpy_T.default, operator.getitem,
 }  # fmt: skip
-_PRODUCT = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
+PRODUCT = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
 # The identity up to rounding; run as the identity so that the check is exact.
-_IDENTITY = {
+IDENTITY = {
     aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default, aten.to.dtype,
     aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default, aten.dropout.default,
     aten.lift_fresh_copy.default, aten.view_as.default, aten.type_as.default,
 }  # fmt: skip
-_NOTHING = {aten._assert_tensor_metadata.default, aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default}
+NOTHING = {aten._assert_tensor_metadata.default, aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default}
 LAYER_NORMS = {aten.layer_norm.default, aten.native_layer_norm.default}
 
 
@@ -56,7 +56,7 @@ def linear_region(start: fx.Node) -> Region | str:
     norms: list[fx.Node] = []
     for node in start.graph.nodes:
         inputs = [a for a in node.all_input_nodes if a in reached]
-        if not inputs or node is start or node.target in _NOTHING:
+        if not inputs or node is start or node.target in NOTHING:
             continue
         if node.target in LAYER_NORMS:
             if inputs != [node.args[0]] or node.args[0] in node.args[2:] or len(node.args[1]) != 1:
@@ -73,13 +73,13 @@ def linear_region(start: fx.Node) -> Region | str:
 
 
 def _is_linear(node: fx.Node, reached: set[fx.Node]) -> bool:
-    if node.target in _IDENTITY:
+    if node.target in IDENTITY:
         return node.args[0] in reached
-    if node.target in _PRODUCT:
-        return node.args[0] in reached and node.args[1] not in reached or (
+    if node.target in PRODUCT:
+        return (node.args[0] in reached and node.args[1] not in reached) or (
             node.target is aten.mul.Tensor and node.args[1] in reached and node.args[0] not in reached
         )
-    return node.target in _LINEAR
+    return node.target in LINEAR
 
 
 def _describe(node: fx.Node) -> str:
@@ -108,7 +108,7 @@ def run_region(region: Region, seed: Tensor, generator: torch.Generator) -> dict
         return env[arg]
 
     for node in region.nodes:
-        if node.target in _IDENTITY:
+        if node.target in IDENTITY:
             env[node] = lookup(node.args[0])
             continue
         args, kwargs = pytree.tree_map_only(fx.Node, lookup, (node.args, dict(node.kwargs)))

@@ -1,0 +1,129 @@
+"""Exact: a kept site's projections, cross scan, scan and cross merge become one op that reads and writes un-scanned maps.
+
+Before (VMamba, K = 4)::
+
+    xs     = cross_scan(x)                              # (B, 4*D, L): four copies of the map
+    dbl    = conv1d(xs, x_proj, groups=4)               # (B, 4*(R + 2N), L)
+    r, B, C = split(dbl)
+    delta  = conv1d(r, dt_projs, groups=4)              # (B, 4*D, L)
+    y      = selective_scan(xs, delta, A, B, C, delta_bias) + D*xs
+    merged = cross_merge(y)                             # (B, D, L)
+
+After (pointwise projections commute with a permutation of positions)::
+
+    feats  = conv2d(x, x_proj of all directions)        # one GEMM on the un-scanned map
+    merged = ss2d(x, feats, dt_projs, A, sum_k D_k, delta_bias, directions=[0, 1, 2, 3])
+
+What the nodes do is found and proved by evaluating them (:mod:`vmeanba_fx.cross_scan`); a site that is not provably this
+pattern stays as it was, and ``node.meta["vmeanba_fx.not_fused"]`` of its scan says why.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from vmeanba_fx.cross_scan import CrossScan, Merge, Projections, find_cross_scan, find_merge, find_projections
+from vmeanba_fx.evaluate import Unprovable, is_parameter_only
+from vmeanba_fx.graph import SITE, Emitter, aten, remove_dead_code, scan_nodes, value
+
+from .mean_scan import group_shape, scan_arguments
+
+NAME = "fuse_ss2d"
+NOT_FUSED = "vmeanba_fx.not_fused"
+
+
+def fuse_ss2d(gm: fx.GraphModule) -> fx.GraphModule:
+    """Rewrite ``gm`` in place and return it."""
+    for owner, scan in scan_nodes(gm):
+        try:
+            if owner is not gm:
+                raise Unprovable("it lies inside an autocast or checkpoint region")
+            _fuse(gm, scan)
+        except Unprovable as reason:
+            scan.meta[NOT_FUSED] = str(reason)
+    remove_dead_code(gm)
+    return gm
+
+
+def _fuse(gm: fx.GraphModule, scan: fx.Node) -> None:
+    a = scan_arguments(scan)
+    groups, _ = group_shape(value(a["u"]), value(a["B"]))
+    if not is_parameter_only(a["A"]):
+        raise Unprovable("A depends on the input")
+    if a["delta_bias"] is not None and not is_parameter_only(a["delta_bias"]):
+        raise Unprovable("delta_bias depends on the input")
+    cross = find_cross_scan(a["u"], groups)
+    weights = find_projections(cross, a["delta"], a["B"], a["C"], a["u"])
+    merge = find_merge(cross, scan, scan)
+    emit = Emitter(gm.graph, merge.node, NAME, like=scan)
+    x, feats = _features(gm, emit, cross, weights, scan.meta[SITE])
+    out = _core(gm, emit, cross, weights, merge, a, x, feats, scan.meta[SITE])
+    merge.node.replace_all_uses_with(restore_shape(emit, out, merge))
+
+
+def _features(
+    gm: fx.GraphModule, emit: Emitter, cross: CrossScan, weights: Projections, site: str
+) -> tuple[fx.Node, fx.Node]:
+    """The map as (B, D, H, W) and its features (B, K, R + 2N, H, W)."""
+    x = channel_first(emit, cross)
+    K, C, D = weights.x_weight.shape
+    weight = _buffer(gm, emit, site, "x_proj", weights.x_weight.reshape(K * C, D, 1, 1), cross)
+    feats = emit(aten.conv2d.default, x, weight)
+    return x, emit(aten.unflatten.int, feats, 1, [K, C])
+
+
+def _core(
+    gm: fx.GraphModule, emit: Emitter, cross: CrossScan, weights: Projections, merge: Merge, a: dict, x: fx.Node,
+    feats: fx.Node, site: str,
+) -> fx.Node:  # fmt: skip
+    dt_weight = _buffer(gm, emit, site, "dt_proj", weights.dt_weight, cross)
+    bias = a["delta_bias"]
+    if weights.dt_offset is not None:
+        offset = _buffer(gm, emit, site, "dt_offset", weights.dt_offset, cross)
+        bias = offset if bias is None else emit(aten.add.Tensor, bias, offset)
+    skip = None if merge.skip is None else _buffer(gm, emit, site, "D", merge.skip, cross, torch.float32)
+    order = None
+    if not cross.directions:
+        order = emit.get_attr(gm, _name(site, "order"), cross.order.to(device_of(cross), torch.int32))
+    return emit(
+        torch.ops.vmeanba_fx.ss2d.default, x, feats, dt_weight, a["A"], skip, bias, list(cross.directions), order,
+        a["delta_softplus"], value(merge.node).dtype,
+    )  # fmt: skip
+
+
+def channel_first(emit: Emitter, cross: CrossScan) -> fx.Node:
+    """The source of a cross scan as a (B, D, H, W) node."""
+    x = cross.source
+    dims = value(x).dim()
+    if cross.last:
+        x = emit(aten.permute.default, x, [0, dims - 1, *range(1, dims - 1)])
+    if dims == 3:
+        x = emit(aten.unflatten.int, x, 2, [cross.height, cross.width])
+    return x
+
+
+def restore_shape(emit: Emitter, merged: fx.Node, merge: Merge) -> fx.Node:
+    """A (B, D, H, W) node in the shape of the merged node it replaces."""
+    if merge.last:
+        merged = emit(aten.permute.default, merged, [0, 2, 3, 1])
+    if value(merged).shape[1:] == value(merge.node).shape[1:]:
+        return merged
+    return emit(aten.reshape.default, merged, [-1, *(int(s) for s in value(merge.node).shape[1:])])
+
+
+def device_of(cross: CrossScan) -> torch.device:
+    return value(cross.source).device
+
+
+def _buffer(
+    gm: fx.GraphModule, emit: Emitter, site: str, name: str, tensor: Tensor, cross: CrossScan,
+    dtype: torch.dtype | None = None,
+) -> fx.Node:  # fmt: skip
+    held = value(cross.source)
+    wanted = torch.promote_types(held.dtype, dtype) if dtype is not None else held.dtype
+    return emit.get_attr(gm, _name(site, name), tensor.to(held.device, wanted).contiguous())
+
+
+def _name(site: str, name: str) -> str:
+    return f"{site}.{name}".replace(".", "_").replace("#", "_")
