@@ -1,0 +1,240 @@
+"""Whole models on a GPU: the official VMamba against the same weights rewritten, eager, compiled and as CUDA graphs.
+
+Numbers are checked first; a variant whose outputs are wrong is reported as wrong and not timed. Times are medians of CUDA
+events; memory is the peak that the forward allocates beyond the weights.
+
+    python benchmarks/end_to_end.py --official vmamba.py --scan-extension selective_scan_cuda_oflex.so \\
+        --model vmamba_tiny_s1l8 --batch 128 --precision amp16 --compile --out benchmarks/results
+
+Without ``--official`` the baseline is this package's own VMamba, whose outputs equal the official ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import importlib.util
+import json
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import vmeanba_fx
+from tests.helpers import make_scan_matter
+from vmeanba_fx import models
+
+PRECISIONS = {"fp32": None, "amp16": torch.float16, "ampbf16": torch.bfloat16}
+
+
+def main() -> None:
+    args = parse()
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    rows: list[dict[str, Any]] = []
+    for name in args.model:
+        for precision in args.precision:
+            for batch in args.batch:
+                rows += measure(args, name, precision, batch)
+    print(tabulate(rows, headers="keys", floatfmt=".2f"))
+    if args.out:
+        write(rows, Path(args.out), args.tag)
+
+
+def parse() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--official", help="path of the official vmamba.py")
+    p.add_argument("--scan-extension", help="path of the official selective_scan_cuda_oflex shared object")
+    p.add_argument("--model", nargs="+", default=["vmamba_tiny_s1l8"])
+    p.add_argument("--batch", nargs="+", type=int, default=[128])
+    p.add_argument("--size", type=int, default=224)
+    p.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["amp16"])
+    p.add_argument("--fractions", nargs="+", type=float, default=[0.0, 0.25, 0.5, 1.0], help="shares of sites replaced")
+    p.add_argument("--compile", action="store_true", help="time torch.compile as well")
+    p.add_argument("--graph", action="store_true", help="time CUDA graph replay of the eager model as well")
+    p.add_argument("--skip-official-compile", action="store_true")
+    p.add_argument("--seconds", type=float, default=1.0, help="timing budget of each variant")
+    p.add_argument("--out", help="folder for CSV, Markdown and JSON")
+    p.add_argument("--tag", default="", help="added to the file names")
+    return p.parse_args()
+
+
+def measure(args: argparse.Namespace, name: str, precision: str, batch: int) -> list[dict[str, Any]]:
+    dtype = PRECISIONS[precision]
+    autocast = functools.partial(torch.autocast, "cuda", dtype=dtype or torch.float16, enabled=dtype is not None)
+    torch.manual_seed(0)
+    module = load_official(args.official, args.scan_extension) if args.official else models
+    own = make_scan_matter(getattr(models, name)()).cuda().eval()
+    baseline = getattr(module, name)().cuda().eval()
+    baseline.load_state_dict(own.state_dict())
+    images = torch.randn(batch, 3, args.size, args.size, device="cuda")
+    with torch.inference_mode(), autocast():
+        expected = baseline(images).float()
+
+    # The ranking needs no data here: sites are replaced from the last backwards, as deep sites matter least.
+    plan = vmeanba_fx.calibrate(own, [images[:2]], score_sites=False)
+    sites = [s.name for s in plan.sites]
+    label = "official" if args.official else "own model"
+    variants: list[tuple[str, int | None, nn.Module]] = [(label, None, baseline)]
+    for fraction in args.fractions:
+        k = round(fraction * len(sites))
+        gm = plan.apply(0) if k == 0 else plan.apply(sites=sites[len(sites) - k :])
+        variants.append((f"ours k={k}", k, gm))
+
+    rows: list[dict[str, Any]] = []
+    for label, k, model in variants:
+        modes: list[tuple[str, Callable[[Tensor], Tensor]]] = [("eager", model)]
+        if args.graph:
+            modes.append(("eager, CUDA graph", GraphReplay(model, images, autocast)))
+        if args.compile and not (k is None and args.skip_official_compile):
+            target = register_scan_as_op(model, module) if k is None and args.official else model
+            modes.append(("compiled", torch.compile(target, fullgraph=k is not None)))
+            if batch == 1:
+                modes.append(("compiled, CUDA graph", GraphReplay(torch.compile(target), images, autocast)))
+        for mode, run in modes:
+            row = {"model": name, "precision": precision, "batch": batch, "variant": label, "mode": mode}
+            try:
+                with torch.inference_mode(), autocast():
+                    found = run(images).float()
+                    # Replaced sites change the function; the lossless graph must not.
+                    row["error"] = relative(found, expected) if not k else float("nan")
+                    limit = 2e-2 if dtype is not None else 5e-3
+                    if not k and not row["error"] <= limit:
+                        rows.append(row | {"ms": float("nan"), "images/s": "WRONG NUMBERS"})
+                        continue
+                    row["ms"], row["peak MiB"] = timed(run, images, args.seconds)
+                row["images/s"] = f"{1e3 * batch / row['ms']:.0f}"
+            except RuntimeError as error:
+                row["images/s"] = f"failed: {str(error).splitlines()[0][:60]}"
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            torch._dynamo.reset()
+    return rows
+
+
+class GraphReplay:
+    """A model captured as one CUDA graph on one input."""
+
+    def __init__(self, model: Callable[[Tensor], Tensor], images: Tensor, autocast: Callable[[], Any]) -> None:
+        self.model, self.autocast = model, autocast
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self.graph is None:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    self.model(images)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            # The autocast cache of weights must not be filled inside the capture and freed with it.
+            with torch.cuda.graph(self.graph), torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"),
+                                                              dtype=torch.get_autocast_dtype("cuda"), cache_enabled=False):  # fmt: skip
+                self.out = self.model(images)
+        self.graph.replay()
+        return self.out
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def timed(run: Callable[[Tensor], Tensor], images: Tensor, seconds: float) -> tuple[float, float]:
+    """(median ms, peak MiB beyond what was allocated before)."""
+    for _ in range(3):
+        run(images)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    times: list[float] = []
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds or len(times) < 10:
+        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        a.record()
+        run(images)
+        b.record()
+        b.synchronize()
+        times.append(a.elapsed_time(b))
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return sorted(times)[len(times) // 2], peak
+
+
+def load_official(path: str, extension: str | None) -> types.ModuleType:
+    """The official file with its own CUDA scan; only timm and fvcore, which it needs for training and counting, are stand-ins."""
+    if "official_vmamba" in sys.modules:
+        return sys.modules["official_vmamba"]
+    stand_ins = {n: types.ModuleType(n) for n in ("timm", "timm.models", "timm.models.layers", "fvcore", "fvcore.nn")}
+    stand_ins["timm.models"].register_model = lambda f: f
+    stand_ins["timm.models.layers"].DropPath = type("DropPath", (nn.Identity,), {"__init__": _drop_path})
+    stand_ins["timm.models.layers"].trunc_normal_ = nn.init.trunc_normal_
+    for n in ("FlopCountAnalysis", "flop_count_str", "flop_count", "parameter_count"):
+        setattr(stand_ins["fvcore.nn"], n, None)
+    with mock.patch.dict(sys.modules, stand_ins):
+        spec = importlib.util.spec_from_file_location("official_vmamba", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    sys.modules["official_vmamba"] = module
+    if extension:
+        spec = importlib.util.spec_from_file_location("selective_scan_cuda_oflex", extension)
+        scan = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(scan)
+        module.selective_scan_cuda_oflex = scan
+
+        def fast(u, delta, A, B, C, D=None, delta_bias=None, delta_softplus=True, oflex=True, backend=None):
+            return module.SelectiveScanCuda.apply(u, delta, A, B, C, D, delta_bias, delta_softplus, oflex, "oflex")
+
+        module.selective_scan_fn = fast
+    return module
+
+
+def _drop_path(self: nn.Module, drop_prob: float = 0.0) -> None:
+    nn.Identity.__init__(self)
+    self.drop_prob = drop_prob
+
+
+def register_scan_as_op(model: nn.Module, module: types.ModuleType) -> nn.Module:
+    """The official model with its CUDA scan as one registered op, as its compiled baseline needs it."""
+    if not hasattr(torch.ops, "official_scan") or not hasattr(torch.ops.official_scan, "fwd"):
+        scan = module.selective_scan_cuda_oflex
+
+        @torch.library.custom_op("official_scan::fwd", mutates_args=())
+        def fwd(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor) -> Tensor:
+            return scan.fwd(u, delta, A, B, C, D, bias, True, 1, True)[0]
+
+        @fwd.register_fake
+        def _(u, delta, A, B, C, D, bias):
+            return torch.empty_like(u, dtype=torch.float32)
+
+    def as_op(u, delta, A, B, C, D=None, delta_bias=None, delta_softplus=True, oflex=True, backend=None):
+        return torch.ops.official_scan.fwd(u, delta, A, B, C, D, delta_bias)
+
+    module.selective_scan_fn = as_op
+    module.WITH_TRITON = False  # raw Triton launches inside autograd.Function break the graph
+    return model
+
+
+def write(rows: list[dict[str, Any]], folder: Path, tag: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    gpu = torch.cuda.get_device_name().replace(" ", "-")
+    stem = folder / f"end_to_end_{gpu}_torch{torch.__version__.split('+')[0]}{'_' + tag if tag else ''}"
+    fields = ["model", "precision", "batch", "variant", "mode", "ms", "images/s", "peak MiB", "error"]
+    with open(f"{stem}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, fields)
+        writer.writeheader()
+        writer.writerows(rows)
+    Path(f"{stem}.md").write_text(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".3g") + "\n")
+
+
+if __name__ == "__main__":
+    main()
