@@ -3,9 +3,10 @@
 from .drop_annihilated import drop_annihilated
 from .functionalize import functionalize
 from .fuse_ss2d import fuse_ss2d
+from .lift_skip import lift_skip
 from .manager import Pass, PassRecord, check_graph, run_passes
 from .mean_scan import mean_scan
 from .merge_skips import merge_skips
 
 __all__ = ["Pass", "PassRecord", "check_graph", "drop_annihilated", "functionalize",
-           "fuse_ss2d", "mean_scan", "merge_skips", "run_passes"]
+           "fuse_ss2d", "lift_skip", "mean_scan", "merge_skips", "run_passes"]

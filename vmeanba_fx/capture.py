@@ -25,7 +25,7 @@ from .errors import CaptureError
 from .graph import SCAN, scan_nodes, site_names, strip_metadata
 from .intercept import Discovery, Interception, cpu_device_guard, intercept
 from .ops.last_state import last_state
-from .registry import ScanCall
+from .registry import ScanCall, compute_dtype
 
 __all__ = ["CaptureInfo", "capture", "capture_info"]
 
@@ -131,11 +131,11 @@ def _from_exported(program: ExportedProgram) -> fx.GraphModule:
 
 
 def _finish(gm: fx.GraphModule, info: CaptureInfo, device: torch.device, model: nn.Module | None) -> fx.GraphModule:
-    from .passes import functionalize
+    from .passes import functionalize, lift_skip
 
     strip_metadata(gm)
     # A plain GraphModule: the one export makes refuses train() and eval().
-    gm = functionalize(fx.GraphModule(gm, gm.graph))
+    gm = lift_skip(functionalize(fx.GraphModule(gm, gm.graph)))
     names = _fx_names(model)
     scans = scan_nodes(gm)
     if names and len(names) == len(scans):
@@ -259,7 +259,7 @@ def _unique(interception: Interception) -> list[tuple[str, str]]:
 
 def _emit(call: ScanCall) -> Any:
     """One scan call as graph nodes: the bare recurrence as one op, the skip, the gate and the cast as plain nodes."""
-    compute = torch.promote_types(call.u.dtype, torch.float32)
+    compute = compute_dtype(call.u.dtype)
     y = ops.selective_scan(
         call.u, call.delta, call.A, call.B, call.C, None, None, call.delta_bias, call.delta_softplus, compute
     )

@@ -54,9 +54,15 @@ def site_names(gm: fx.GraphModule) -> list[str]:
 
 
 def strip_metadata(gm: fx.GraphModule) -> None:
-    """Drop what export keeps for its own debugging and what would hold the private model copy alive."""
+    """Drop what export keeps for its own debugging: stack traces, and assertions that pin every cast to a dtype.
+
+    With the assertions in place ``gm.half()`` would fail at the first cast that export saw as a no-op.
+    """
     for owner in graph_modules(gm):
-        for node in owner.graph.nodes:
+        for node in list(owner.graph.nodes):
+            if node.target in _CHECKS:
+                owner.graph.erase_node(node)
+                continue
             node.meta.pop("torch_fn", None)
             node.meta.pop("from_node", None)
             node.meta.pop("stack_trace", None)

@@ -5,6 +5,10 @@ Public code refers to its scan in many ways: module globals, from-imports, ``sel
 modules. Patching names misses most of them. So the *code object* of the Python function is swapped in place (every
 reference sees that), ``forward`` is swapped on ``autograd.Function`` classes (a captured ``.apply`` sees that), and
 ``fwd`` is swapped or injected on the pybind modules. Everything is put back when the context ends, whatever happened.
+
+A signature alone does not prove what a function computes: a helper ``scan(u, delta, A, B, C)`` may add its own bias.
+So a function is tried once on its own first call (:mod:`vmeanba_fx.trial`), and left alone where it computes something
+else; the scan it calls is found as well. Threads other than the one that captures run the original code throughout.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import contextlib
 import functools
 import inspect
 import itertools
+import logging
 import sys
 import threading
 import types
@@ -22,7 +27,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .registry import Refusal, ScanCall, ScanSpec, canonical, find_spec, looks_like_scan, parameter_names
+from .registry import (
+    Refusal,
+    ScanCall,
+    ScanSpec,
+    canonical,
+    compute_dtype,
+    find_spec,
+    looks_like_scan,
+    parameter_names,
+)
+from .trial import case_of, disagreement
 
 # Packages that contain no selective scan; not walking them keeps discovery fast and away from foreign lazy modules.
 _FOREIGN = frozenset(
@@ -37,6 +52,8 @@ _PYBIND = {
 _MAX_CONTAINER = 512  # a registry of scan variants is small; a longer container is data
 
 Emit = Callable[[ScanCall], Any]
+
+log = logging.getLogger(__name__)
 
 # One capture at a time: the swaps are visible to the whole process.
 _LOCK = threading.RLock()
@@ -87,23 +104,28 @@ class Discovery:
         self.missing_pybind: list[tuple[dict[str, Any], str]] = []
         self.lookalikes: set[str] = set()
 
-    def consider(self, obj: object) -> bool:
-        """Record ``obj`` if it is a scan; True if it is one (or looks like one) and need not be walked into."""
+    def consider(self, obj: types.FunctionType | type) -> None:
+        """Record ``obj``, a function or an ``autograd.Function`` class, if its signature is that of a scan."""
         fn = obj.__dict__.get("forward", None) if isinstance(obj, type) else obj
         fn = getattr(fn, "__func__", fn)
         if not callable(fn):
-            return False
+            return
         parameters = parameter_names(fn)
         spec = find_spec(obj, parameters)
         if spec is None:
-            if looks_like_scan(parameters):
-                self.lookalikes.add(f"{getattr(obj, '__module__', '?')}.{getattr(obj, '__qualname__', obj)}{parameters}")
-            return False
+            return
         if isinstance(obj, type):
             self.classes[obj] = spec
-        elif isinstance(obj, types.FunctionType):
+        else:
             self.functions[obj] = spec
-        return True
+
+    def consider_lookalike(self, fn: types.FunctionType) -> None:
+        """Record ``fn``, code of the model itself, if it might be a scan of a signature that nobody registered."""
+        parameters = parameter_names(fn)
+        letters = {name.lower() for name in parameters}
+        parts = {"a", "b", "c"} <= letters and bool({"delta", "deltas", "dt", "dts"} & letters)
+        if (parts or looks_like_scan(parameters)) and find_spec(fn, parameters) is None:
+            self.lookalikes.add(f"{fn.__module__}.{fn.__qualname__}({', '.join(parameters)})")
 
 
 def _children(obj: object, found: Discovery) -> Iterable[object]:
@@ -113,7 +135,7 @@ def _children(obj: object, found: Discovery) -> Iterable[object]:
         graph = getattr(obj, "graph", None)
         targets = [n.target for n in graph.nodes if callable(n.target)] if isinstance(graph, torch.fx.Graph) else []
         return [type(obj), *(v for k, v in vars(obj).items() if k not in skip), *obj.children(), *targets]
-    if isinstance(obj, functools.partial):
+    if isinstance(obj, (functools.partial, functools.partialmethod)):
         return [obj.func, *obj.args, *obj.keywords.values()]
     if isinstance(obj, types.MethodType):
         return [obj.__func__]
@@ -126,18 +148,24 @@ def _children(obj: object, found: Discovery) -> Iterable[object]:
     if isinstance(obj, type):
         if _is_foreign(obj.__module__):
             return []
-        return [v for c in obj.__mro__ if not _is_foreign(c.__module__) for v in vars(c).values()]
+        members = [(k, v) for c in obj.__mro__ if not _is_foreign(c.__module__) for k, v in vars(c).items()]
+        if issubclass(obj, torch.autograd.Function):  # its forward is swapped on the class; look behind it
+            methods = [getattr(v, "__func__", v) for k, v in members if k != "backward"]
+            return [child for method in methods for child in _function_children(method, found)]
+        return [v for _, v in members]
     if isinstance(obj, Mapping) and not isinstance(obj, types.MappingProxyType):
         return list(obj.values()) if len(obj) <= _MAX_CONTAINER else []
     if isinstance(obj, (list, tuple, set, frozenset)):
         return list(obj) if len(obj) <= _MAX_CONTAINER else []
     if isinstance(obj, types.FunctionType):
         return _function_children(obj, found)
+    if isinstance(obj, types.SimpleNamespace) or (hasattr(obj, "__dict__") and not _is_foreign(type(obj).__module__)):
+        return [type(obj), *vars(obj).values()]
     return []
 
 
-def _function_children(fn: types.FunctionType, found: Discovery) -> list[object]:
-    if _is_foreign(fn.__module__):
+def _function_children(fn: object, found: Discovery) -> list[object]:
+    if not isinstance(fn, types.FunctionType) or _is_foreign(fn.__module__):
         return []
     out: list[object] = [*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
     for cell in fn.__closure__ or ():
@@ -171,26 +199,41 @@ def discover(model: nn.Module) -> Discovery:
             continue
         seen.add(id(obj))
         keep.append(obj)
-        if isinstance(obj, types.FunctionType) and found.consider(obj):
-            continue
-        if isinstance(obj, type) and issubclass(obj, torch.autograd.Function) and found.consider(obj):
-            continue
+        if isinstance(obj, types.FunctionType):
+            found.consider(obj)
+            found.consider_lookalike(obj)
+        elif _is_autograd_function(obj):
+            found.consider(obj)
+        # A scan is walked into as well: it may be a wrapper that does more, around the scan proper.
         stack.extend(_children(obj, found))
     for module in list(sys.modules.values()):
         if isinstance(module, types.ModuleType) and not _is_foreign(module.__name__):
             for value in list(vars(module).values()):
-                if isinstance(value, types.FunctionType) and value.__code__.co_argcount >= 5:
+                # The number of arguments first: reading a signature is slow, and there are thousands of functions.
+                if _is_autograd_function(value) or (isinstance(value, types.FunctionType) and _argument_count(value) >= 5):
                     found.consider(value)
     return found
 
 
-def _bind(parameters: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> dict[str, Any]:
+def _argument_count(fn: types.FunctionType) -> int:
+    inner = getattr(fn, "__wrapped__", fn)
+    code = getattr(inner, "__code__", fn.__code__)
+    return code.co_argcount + code.co_kwonlyargcount
+
+
+def _is_autograd_function(obj: object) -> bool:
+    return isinstance(obj, type) and issubclass(obj, torch.autograd.Function)
+
+
+def _bind(
+    parameters: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], name: str
+) -> inspect.BoundArguments:
     try:
         bound = parameters.bind(*args, **kwargs)
     except TypeError as error:
         raise TypeError(f"{name}(): {error}") from None
     bound.apply_defaults()
-    return dict(bound.arguments)
+    return bound
 
 
 class Interception:
@@ -200,20 +243,29 @@ class Interception:
         self.emit = emit
         self.where = where
         self.refused: list[tuple[str, str]] = []
-        self.calls = 0
+        self._thread = threading.get_ident()
+        self._verdicts: dict[tuple[object, ...], str] = {}
         self._undo: list[Callable[[], None]] = []
 
-    def _handler(self, spec: ScanSpec, signature: inspect.Signature, original: Callable[..., Any], name: str) -> Any:
-        def handle(*args: Any, **kwargs: Any) -> Any:
-            try:
-                call = spec.adapt(_bind(signature, args, kwargs, name))
-            except Refusal as refusal:
-                self.refused.append((self.where(), str(refusal)))
-                return original(*args, **kwargs)
-            self.calls += 1
-            return self.emit(call)
-
-        return handle
+    def _call(
+        self, spec: ScanSpec, signature: inspect.Signature, name: str, original: Callable[..., Any],
+        args: tuple[Any, ...], kwargs: dict[str, Any],
+    ) -> Any:  # fmt: skip
+        """One call of a swapped function: our op, or ``original`` where this is not a scan that the op computes."""
+        if threading.get_ident() != self._thread:
+            return original(*args, **kwargs)
+        bound = _bind(signature, args, kwargs, name)
+        try:
+            call = spec.adapt(bound.arguments)
+        except Refusal as refusal:
+            self.refused.append((self.where(), str(refusal)))
+            return original(*args, **kwargs)
+        case = (id(signature), *case_of(bound.arguments))
+        if case not in self._verdicts:
+            self._verdicts[case] = disagreement(original, bound, lambda given: self.emit(spec.adapt(given)))
+            if self._verdicts[case]:
+                log.info("%s has the signature of a scan but is none: %s", name, self._verdicts[case])
+        return original(*args, **kwargs) if self._verdicts[case] else self.emit(call)
 
     def swap_function(self, fn: types.FunctionType, spec: ScanSpec) -> None:
         signature = inspect.signature(fn)
@@ -221,14 +273,19 @@ class Interception:
         original = types.FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
         original.__kwdefaults__ = fn.__kwdefaults__
         key = next(_KEYS)
-        _HANDLERS[key] = self._handler(spec, signature, original, fn.__qualname__)
+
+        def handle(*args: Any, **kwargs: Any) -> Any:
+            return self._call(spec, signature, fn.__qualname__, original, args, kwargs)
+
+        _HANDLERS[key] = handle
         # Defaults first: code without positional parameters must not meet leftover defaults.
         fn.__defaults__, fn.__kwdefaults__ = None, None
         fn.__code__ = _trampoline(key, len(fn.__code__.co_freevars))
 
         def undo() -> None:
             fn.__code__, fn.__defaults__, fn.__kwdefaults__ = saved
-            del _HANDLERS[key]
+            # Another thread may be inside the trampoline still.
+            _HANDLERS[key] = original
 
         self._undo.append(undo)
 
@@ -240,12 +297,13 @@ class Interception:
         if first == "ctx":
             signature = signature.replace(parameters=list(signature.parameters.values())[1:])
 
-        def handle_with_ctx(ctx: Any, *args: Any, **kwargs: Any) -> Any:
-            original = functools.partial(forward, ctx)
-            return self._handler(spec, signature, original, cls.__qualname__)(*args, **kwargs)
+        def handle(*args: Any, **kwargs: Any) -> Any:
+            return self._call(spec, signature, cls.__qualname__, forward, args, kwargs)
 
-        handler = handle_with_ctx if first == "ctx" else self._handler(spec, signature, forward, cls.__qualname__)
-        cls.forward = staticmethod(handler)  # type: ignore[attr-defined]
+        def handle_with_ctx(ctx: Any, *args: Any, **kwargs: Any) -> Any:
+            return self._call(spec, signature, cls.__qualname__, functools.partial(forward, ctx), args, kwargs)
+
+        cls.forward = staticmethod(handle_with_ctx if first == "ctx" else handle)  # type: ignore[attr-defined]
         self._undo.append(lambda: setattr(cls, "forward", raw))
 
     def swap_pybind(self, found: Discovery) -> None:
@@ -268,13 +326,12 @@ class Interception:
         )
 
         def forward(*args: Any, **kwargs: Any) -> list[Tensor]:
-            a = _bind(signature, args, kwargs, f"{name}.fwd")
-            out_dtype = torch.promote_types(a["u"].dtype, torch.float32) if a.get("oflex") else None
+            a = _bind(signature, args, kwargs, f"{name}.fwd").arguments
+            out_dtype = compute_dtype(a["u"].dtype) if a.get("oflex") else None
             call = canonical(
                 a["u"], a["delta"], a["A"], a["B"], a["C"], a["D"], None, a["delta_bias"], a["delta_softplus"],
                 out_dtype, return_last_state=True,
             )  # fmt: skip
-            self.calls += 1
             out, last_state = self.emit(call)
             # Callers read the last state as x[:, :, -1, 1::2].
             states = [out, last_state.repeat_interleave(2, dim=-1).unsqueeze(2)]

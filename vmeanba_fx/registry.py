@@ -145,6 +145,11 @@ def looks_like_scan(parameters: tuple[str, ...]) -> bool:
     return parameters[:3] == ("u", "delta", "A") and "B" in parameters
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a scan computes in. (``torch.promote_types`` would be recorded as a node while a model is traced.)"""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def canonical(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     delta_bias: Tensor | None, delta_softplus: bool, out_dtype: torch.dtype | None = None, return_last_state: bool = False,
@@ -174,7 +179,7 @@ def canonical(
 
 def _by_name(a: Mapping[str, Any]) -> ScanCall:
     # VMamba's wrappers name their fp16-in, fp32-out option `oflex`; mamba-ssm's have no such option and keep u's dtype.
-    out_dtype = torch.promote_types(a["u"].dtype, torch.float32) if a.get("oflex") else None
+    out_dtype = compute_dtype(a["u"].dtype) if a.get("oflex") else None
     return canonical(
         a["u"], a["delta"], a["A"], a["B"], a["C"], a.get("D"), a.get("z"), a.get("delta_bias"),
         a.get("delta_softplus", False), out_dtype, bool(a.get("return_last_state")),

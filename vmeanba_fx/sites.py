@@ -160,23 +160,37 @@ def _probe(gm: fx.GraphModule, sites: list[Site]) -> None:
     args, kwargs = executor.to_device((info.args, info.kwargs), device)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         base, state = executor.run(*args, **kwargs)
+        shifted = {nodes[s.name]: _shifted(state.value(nodes[s.name]), s) for s in checked}
+        # One run clears all of them; only where it does not, one run each finds the culprit.
+        if _moved(base, executor.rerun(state, shifted)) is None:
+            return
         for site in checked:
             node = nodes[site.name]
-            y = state.value(node)
-            noise = torch.randn(y.shape[0], site.groups, 1, y.shape[2], generator=torch.Generator().manual_seed(1))
-            scale = float(y.abs().max()) or 1.0
-            shift = (noise.to(y) * scale).expand(-1, -1, site.channels, -1).reshape(y.shape)
-            moved = executor.rerun(state, {node: y + shift})
-            for old, new in zip(_tensors(base), _tensors(moved), strict=True):
-                # Half-precision merges round the shift itself; anything a live site does is far larger than this.
-                tolerance = 1e-3 if y.dtype in (torch.float32, torch.float64) and old.dtype == y.dtype else 5e-2
-                error = float((new - old).float().abs().max()) / max(float(old.float().abs().max()), 1e-12)
-                if not error <= tolerance:
-                    raise SiteError(
-                        f"{site.name}: its structure says that a LayerNorm absorbs channel-constant terms "
-                        f"({site.reason}), but shifting the scan moved the output by {error:.1e} (relative). "
-                        "Please report this model; find_sites(probe=False) skips the check"
-                    )
+            error = _moved(base, executor.rerun(state, {node: shifted[node]}))
+            if error is not None:
+                raise SiteError(
+                    f"{site.name}: its structure says that a LayerNorm absorbs channel-constant terms "
+                    f"({site.reason}), but shifting the scan moved the output by {error:.1e} (relative). "
+                    "Please report this model; find_sites(probe=False) skips the check"
+                )
+
+
+def _shifted(y: Tensor, site: Site) -> Tensor:
+    """y (B, K*D, L) plus something of its own size that is constant over the channels of each group."""
+    noise = torch.randn(y.shape[0], site.groups, 1, y.shape[2], generator=torch.Generator().manual_seed(1))
+    scale = float(y.abs().max()) or 1.0
+    return y + (noise.to(y) * scale).expand(-1, -1, site.channels, -1).reshape(y.shape)
+
+
+def _moved(base: Any, moved: Any) -> float | None:
+    """The largest relative change of an output beyond rounding, or None."""
+    for old, new in zip(_tensors(base), _tensors(moved), strict=True):
+        # Half-precision merges round the shift itself; anything a live site does is far larger than this.
+        tolerance = 1e-3 if old.dtype in (torch.float32, torch.float64) else 5e-2
+        error = float((new - old).float().abs().max()) / max(float(old.float().abs().max()), 1e-12)
+        if not error <= tolerance:
+            return error
+    return None
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
