@@ -16,7 +16,10 @@ _APPLY = frozenset({"max_drop", "sites", "exclude", "skip_passes", "verify", "du
 
 
 def transform(
-    model: nn.Module | fx.GraphModule | ExportedProgram, calib_loader: Iterable[Any], k: int | None = None, **options: Any
+    model: nn.Module | fx.GraphModule | ExportedProgram,
+    calib_loader: Iterable[Any],
+    k: int | None = None,
+    **options: Any,
 ) -> fx.GraphModule:
     """Replace the ``k`` selective scans that matter least by VMeanba, without training. Lossy for ``k > 0``.
 

@@ -150,14 +150,18 @@ class _Scorer:
                 if resume is not None:
                     self._save(resume, fingerprint)
         if self.batches < done["batches"]:
-            raise PlanError(f"{resume} was made from more batches than the loader gives now: remove it, or give the same data")
+            raise PlanError(
+                f"{resume} was made from more batches than the loader gives now: remove it, or give the same data"
+            )
 
     def _batch(self, index: int, batch: Batch, bar: Any) -> None:
         batch = batch.to(self.executor.device)
         try:
             base, state = self.executor.run(*batch.args, **batch.kwargs)
         except (RuntimeError, AssertionError, ValueError) as error:
-            raise CalibrationError(f"batch {index} does not fit the captured graph: {str(error).splitlines()[0]}") from error
+            raise CalibrationError(
+                f"batch {index} does not fit the captured graph: {str(error).splitlines()[0]}"
+            ) from error
         _require_finite(base, f"the model's outputs on calibration batch {index}")
         value, count = score(self.metric, base, batch, base)
         _require_number(value, f"the metric {self.metric.name!r} of the unchanged model on batch {index}")

@@ -187,7 +187,9 @@ def _private_copy(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model).cpu().eval()
     except Exception as error:
-        raise CaptureError(f"{type(model).__name__} cannot be deep-copied ({error}); the capture works on a copy") from error
+        raise CaptureError(
+            f"{type(model).__name__} cannot be deep-copied ({error}); the capture works on a copy"
+        ) from error
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

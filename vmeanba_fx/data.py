@@ -29,7 +29,7 @@ def load_digits_images(
 ) -> tuple[Tensor, Tensor]:
     """scikit-learn's 1797 digits as images (n, 1, size, size), about zero mean and unit variance, and labels (n,).
 
-    The 8x8 originals are enlarged bilinearly. The split is stratified and fixed by `seed`: train and test never overlap.
+    The 8x8 originals are enlarged bilinearly. The split is stratified and fixed by `seed`; train and test are disjoint.
     """
     try:
         from sklearn.datasets import load_digits

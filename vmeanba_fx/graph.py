@@ -176,7 +176,9 @@ def drop_unused_attributes(gm: fx.GraphModule) -> None:
             calls = any(n.op == "call_module" and n.target == name for n in gm.graph.nodes)
             if calls:
                 used |= {f"{name}.{k}" for k in owner.state_dict()}
-    for full in [k for k, _ in (*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False))]:
+    for full in [
+        k for k, _ in (*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False))
+    ]:
         if full not in used:
             path, _, leaf = full.rpartition(".")
             delattr(gm.get_submodule(path), leaf)

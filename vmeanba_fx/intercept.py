@@ -36,6 +36,7 @@ from .registry import (
     find_spec,
     looks_like_scan,
     parameter_names,
+    registered_scans,
 )
 from .trial import case_of, disagreement
 
@@ -49,6 +50,9 @@ _PYBIND = {
     "selective_scan_cuda_core": ("u", "delta", "A", "B", "C", "D", "delta_bias", "delta_softplus", "nrows"),
     "selective_scan_cuda_oflex": ("u", "delta", "A", "B", "C", "D", "delta_bias", "delta_softplus", "nrows", "oflex"),
 }
+# mamba-ssm's functions by the names they are imported under. Much code swallows the ImportError, so that on a machine
+# without mamba-ssm the name is simply missing; then, and only then, it is supplied while tracing.
+_MAMBA_SSM = ("selective_scan_fn", "selective_scan_ref")
 _MAX_CONTAINER = 512  # a registry of scan variants is small; a longer container is data
 
 Emit = Callable[[ScanCall], Any]
@@ -102,6 +106,7 @@ class Discovery:
         self.functions: dict[types.FunctionType, ScanSpec] = {}
         self.classes: dict[type, ScanSpec] = {}
         self.missing_pybind: list[tuple[dict[str, Any], str]] = []
+        self.missing_functions: list[tuple[dict[str, Any], str]] = []
         self.lookalikes: set[str] = set()
 
     def consider(self, obj: types.FunctionType | type) -> None:
@@ -184,6 +189,8 @@ def _function_children(fn: object, found: Discovery) -> list[object]:
                 out.append(value)
         elif name in _PYBIND and name not in sys.modules:
             found.missing_pybind.append((fn.__globals__, name))
+        elif name in _MAMBA_SSM:
+            found.missing_functions.append((fn.__globals__, name))
     return out
 
 
@@ -210,7 +217,9 @@ def discover(model: nn.Module) -> Discovery:
         if isinstance(module, types.ModuleType) and not _is_foreign(module.__name__):
             for value in list(vars(module).values()):
                 # The number of arguments first: reading a signature is slow, and there are thousands of functions.
-                if _is_autograd_function(value) or (isinstance(value, types.FunctionType) and _argument_count(value) >= 5):
+                if _is_autograd_function(value) or (
+                    isinstance(value, types.FunctionType) and _argument_count(value) >= 5
+                ):
                     found.consider(value)
     return found
 
@@ -234,6 +243,13 @@ def _bind(
         raise TypeError(f"{name}(): {error}") from None
     bound.apply_defaults()
     return bound
+
+
+def _mamba_ssm_signature(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
+    delta_bias: Tensor | None = None, delta_softplus: bool = False, return_last_state: bool = False,
+) -> Any:  # fmt: skip
+    """The signature of mamba-ssm's function; only its parameters are used."""
 
 
 class Interception:
@@ -320,6 +336,19 @@ class Interception:
                     namespace[name] = stub
                     self._undo.append(functools.partial(namespace.pop, name, None))
 
+    def supply_missing(self, found: Discovery) -> None:
+        """Give code that failed to import mamba-ssm its scan, under mamba-ssm's own signature."""
+        signature = inspect.signature(_mamba_ssm_signature)
+        adapt = registered_scans()["selective_scan"].adapt
+
+        def supplied(*args: Any, **kwargs: Any) -> Any:
+            return self.emit(adapt(_bind(signature, args, kwargs, "selective_scan_fn").arguments))
+
+        for namespace, name in found.missing_functions:
+            if name not in namespace:
+                namespace[name] = supplied
+                self._undo.append(functools.partial(namespace.pop, name, None))
+
     def _pybind_forward(self, name: str, parameters: tuple[str, ...]) -> Callable[..., Any]:
         signature = inspect.Signature(
             [inspect.Parameter(p, inspect.Parameter.POSITIONAL_OR_KEYWORD) for p in parameters]
@@ -358,6 +387,7 @@ def intercept(model: nn.Module, emit: Emit, where: Callable[[], str]) -> Iterato
             for cls, spec in found.classes.items():
                 interception.swap_class(cls, spec)
             interception.swap_pybind(found)
+            interception.supply_missing(found)
             yield interception, found
         finally:
             interception.undo()

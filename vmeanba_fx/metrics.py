@@ -153,10 +153,14 @@ def resolve_metric(metric: str | Callable[..., Any] | None, has_labels: bool) ->
         metric = "accuracy" if has_labels else "kl"
     if isinstance(metric, str):
         if metric not in _METRICS:
-            raise CalibrationError(f"unknown metric {metric!r}: use {', '.join(_METRICS)}, or a callable(outputs, batch)")
+            raise CalibrationError(
+                f"unknown metric {metric!r}: use {', '.join(_METRICS)}, or a callable(outputs, batch)"
+            )
         found = _METRICS[metric]
         if found.needs_labels and not has_labels:
-            raise CalibrationError(f"metric {metric!r} needs labels, which the loader does not give; metric='kl' needs none")
+            raise CalibrationError(
+                f"metric {metric!r} needs labels, which the loader does not give; metric='kl' needs none"
+            )
         return found
     if not callable(metric):
         raise CalibrationError(f"metric must be a name or a callable, not {type(metric).__name__}")
@@ -169,8 +173,14 @@ def score(metric: Metric, outputs: Any, batch: Batch, base: Any) -> tuple[float,
     """(sum over samples, samples) of one batch; not finite values are passed on for the caller to name the site."""
     values = metric.compute(outputs, batch, base)
     if not isinstance(values, Tensor) or not values.is_floating_point() or values.dim() > 1:
-        got = f"a tensor of shape {tuple(values.shape)}, {values.dtype}" if isinstance(values, Tensor) else type(values).__name__
-        raise CalibrationError(f"metric {metric.name!r} must return a float tensor, one value or one per sample; got {got}")
+        got = (
+            f"a tensor of shape {tuple(values.shape)}, {values.dtype}"
+            if isinstance(values, Tensor)
+            else type(values).__name__
+        )
+        raise CalibrationError(
+            f"metric {metric.name!r} must return a float tensor, one value or one per sample; got {got}"
+        )
     if values.dim() == 0:
         return float(values.double()) * batch.size, batch.size
     return float(values.double().sum()), values.numel()

@@ -167,8 +167,15 @@ class Plan:
         return [s.name for i, s in enumerate(self.sites) if i in picked]
 
     def _within(self, ranked: list[int], max_drop: float | None) -> set[int]:
-        if not isinstance(max_drop, (int, float)) or isinstance(max_drop, bool) or not math.isfinite(max_drop) or max_drop < 0:
-            raise SiteError(f"max_drop={max_drop!r}: give a number of at least 0, in units of the metric {self.metric!r}")
+        if (
+            not isinstance(max_drop, (int, float))
+            or isinstance(max_drop, bool)
+            or not math.isfinite(max_drop)
+            or max_drop < 0
+        ):
+            raise SiteError(
+                f"max_drop={max_drop!r}: give a number of at least 0, in units of the metric {self.metric!r}"
+            )
         total, picked = 0.0, set()
         for i in ranked:
             total += max(self.impact(i), 0.0)

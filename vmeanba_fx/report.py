@@ -100,4 +100,6 @@ def site_table(plan: Plan, chosen: set[str]) -> str:
              f"{s.flops() / 1e6:.2f}", f"{s.flops_replaced() / 1e6:.2f}", "replaced" if s.name in chosen else ""]
         )  # fmt: skip
     head = ["site", "K", "D", "N", "L", "kind", f"impact ({plan.metric})", "rank", "MFLOPs", "after", "chosen"]
-    return tabulate(rows, head, disable_numparse=True, colalign=("left", *["right"] * 4, "left", *["right"] * 4, "left"))
+    return tabulate(
+        rows, head, disable_numparse=True, colalign=("left", *["right"] * 4, "left", *["right"] * 4, "left")
+    )
