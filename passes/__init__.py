@@ -8,5 +8,15 @@ from .manager import Pass, PassRecord, check_graph, run_passes
 from .mean_scan import mean_scan
 from .merge_skips import merge_skips
 
-__all__ = ["Pass", "PassRecord", "check_graph", "drop_annihilated", "functionalize",
-           "fuse_ss2d", "lift_skip", "mean_scan", "merge_skips", "run_passes"]
+__all__ = [
+    "Pass",
+    "PassRecord",
+    "check_graph",
+    "drop_annihilated",
+    "functionalize",
+    "fuse_ss2d",
+    "lift_skip",
+    "mean_scan",
+    "merge_skips",
+    "run_passes",
+]

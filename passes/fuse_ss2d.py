@@ -11,7 +11,7 @@ Before (VMamba, K = 4)::
 
 After (pointwise projections commute with a permutation of positions)::
 
-    feats  = conv2d(x, x_proj of all directions)        # one GEMM on the un-scanned map
+    feats  = matmul(x as (B, L, D), x_proj of all directions)   # one GEMM on the un-scanned map
     merged = ss2d(x, feats, dt_projs, A, sum_k D_k, delta_bias, directions=[0, 1, 2, 3])
 
 What the nodes do is found and proved by evaluating them (:mod:`vmeanba_fx.cross_scan`); a site that is not provably this
@@ -31,6 +31,8 @@ from .mean_scan import group_shape, scan_arguments
 
 NAME = "fuse_ss2d"
 NOT_FUSED = "vmeanba_fx.not_fused"
+# The CUDA kernel loads the features of a position as 16-byte words: per direction they are padded to 8 halves.
+_ALIGN = 8
 
 
 def fuse_ss2d(gm: fx.GraphModule) -> fx.GraphModule:
@@ -66,11 +68,18 @@ def _features(
     gm: fx.GraphModule, emit: Emitter, cross: CrossScan, weights: Projections, site: str
 ) -> tuple[fx.Node, fx.Node]:
     """The map as (B, D, H, W) and its features (B, K, R + 2N, H, W)."""
-    x = channel_first(emit, cross)
     K, C, D = weights.x_weight.shape
-    weight = _buffer(gm, emit, site, "x_proj", weights.x_weight.reshape(K * C, D, 1, 1), cross)
-    feats = emit(aten.conv2d.default, x, weight)
-    return x, emit(aten.unflatten.int, feats, 1, [K, C])
+    padded = -(-C // _ALIGN) * _ALIGN
+    weight = weights.x_weight.new_zeros(K, padded, D)
+    weight[:, :C] = weights.x_weight
+    by_position = _buffer(gm, emit, site, "x_proj", weight.reshape(K * padded, D).t(), cross)
+    feats = emit(aten.matmul.default, _channel_last(emit, cross), by_position)  # (B, L, K * padded)
+    feats = emit(aten.unflatten.int, feats, 2, [K, padded])
+    feats = emit(aten.unflatten.int, feats, 1, [cross.height, cross.width])
+    feats = emit(aten.permute.default, feats, [0, 3, 4, 1, 2])
+    if padded != C:
+        feats = emit(aten.slice.Tensor, feats, 2, 0, C)
+    return channel_first(emit, cross), feats
 
 
 def _core(
@@ -101,6 +110,15 @@ def channel_first(emit: Emitter, cross: CrossScan) -> fx.Node:
     if dims == 3:
         x = emit(aten.unflatten.int, x, 2, [cross.height, cross.width])
     return x
+
+
+def _channel_last(emit: Emitter, cross: CrossScan) -> fx.Node:
+    """The source of a cross scan as a (B, L, D) node, without a copy."""
+    x, dims = cross.source, value(cross.source).dim()
+    if cross.last:
+        return x if dims == 3 else emit(aten.flatten.using_ints, x, 1, 2)
+    x = x if dims == 3 else emit(aten.flatten.using_ints, x, 2, 3)
+    return emit(aten.transpose.int, x, 1, 2)
 
 
 def restore_shape(emit: Emitter, merged: fx.Node, merge: Merge) -> fx.Node:

@@ -109,7 +109,9 @@ def check_graph(gm: fx.GraphModule, after: str) -> None:
             if node.op == "get_attr":
                 _resolve(owner, str(node.target), after)
             if node.op == "call_function" and node.users and "val" not in node.meta:
-                raise GraphCheckError(f"after {after}: node {node.name} does not know its value (meta['val'] is missing)")
+                raise GraphCheckError(
+                    f"after {after}: node {node.name} does not know its value (meta['val'] is missing)"
+                )
 
 
 def _resolve(owner: fx.GraphModule, target: str, after: str) -> None:

@@ -114,7 +114,9 @@ def mean_block(
         y = op(_ops.shared_scan.default, u1, delta1, A1, B, C, None, delta_softplus)
     else:
         dt = per_direction(soft(delta))  # (B, K, D, L)
-        steps = op(aten.mul.Tensor, op(aten.unsqueeze.default, dt, 3), op(aten.unsqueeze.default, per_direction(A, 0), -1))
+        steps = op(
+            aten.mul.Tensor, op(aten.unsqueeze.default, dt, 3), op(aten.unsqueeze.default, per_direction(A, 0), -1)
+        )
         Abar = op(aten.exp.default, steps)  # (B, K, D, N, L)
         m = op(aten.mean.dim, op(aten.mul.Tensor, dt, per_direction(u)), [2], True)  # (B, K, 1, L)
         Bu = op(aten.mul.Tensor, m, B)  # (B, K, N, L)
