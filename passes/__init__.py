@@ -1,5 +1,6 @@
 """Graph passes: each one function ``(gm, ...) -> gm`` in its own file. A lossy pass says so in its first line."""
 
+from .cleanup import cleanup
 from .drop_annihilated import drop_annihilated
 from .functionalize import functionalize
 from .fuse_ss2d import fuse_ss2d
@@ -11,7 +12,7 @@ from .merge_skips import merge_skips
 __all__ = [
     "Pass",
     "PassRecord",
-    "check_graph",
+    "check_graph", "cleanup",
     "drop_annihilated",
     "functionalize",
     "fuse_ss2d",

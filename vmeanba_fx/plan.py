@@ -22,7 +22,7 @@ from .capture import capture, capture_info
 from .errors import PlanError, SiteError
 from .files import read_json, write_atomically
 from .graph import SITE, graph_modules, scan_nodes
-from .passes import Pass, drop_annihilated, fuse_ss2d, mean_scan, merge_skips, run_passes
+from .passes import Pass, cleanup, drop_annihilated, fuse_ss2d, mean_scan, merge_skips, run_passes
 from .passes.mean_scan import Mean, check_mean
 from .report import Report, attach_report, site_table
 from .sites import Site
@@ -234,7 +234,12 @@ class Plan:
 
     def _passes(self, chosen: list[str]) -> list[Pass]:
         lossy = [Pass("mean_scan", partial(mean_scan, sites=chosen, mean=self.mean), exact=False)] if chosen else []
-        exact = {"drop_annihilated": drop_annihilated, "merge_skips": merge_skips, "fuse_ss2d": fuse_ss2d}
+        exact = {
+            "drop_annihilated": drop_annihilated,
+            "merge_skips": merge_skips,
+            "fuse_ss2d": fuse_ss2d,
+            "cleanup": cleanup,
+        }
         return [*lossy, *(Pass(name, run, exact=True) for name, run in exact.items())]
 
     def _graph_for(self, model: nn.Module | None) -> fx.GraphModule:
