@@ -64,6 +64,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--graph", action="store_true", help="time CUDA graph replay of the eager model as well")
     p.add_argument("--skip-official-compile", action="store_true")
     p.add_argument("--seconds", type=float, default=1.0, help="timing budget of each variant")
+    p.add_argument("--profile", action="store_true", help="print the ten slowest kernels of every timed variant")
     p.add_argument("--out", help="folder for CSV, Markdown and JSON")
     p.add_argument("--tag", default="", help="added to the file names")
     return p.parse_args()
@@ -113,6 +114,8 @@ def measure(args: argparse.Namespace, name: str, precision: str, batch: int) -> 
                         rows.append(row | {"ms": float("nan"), "images/s": "WRONG NUMBERS"})
                         continue
                     row["ms"], row["peak MiB"] = timed(run, images, args.seconds)
+                    if args.profile:
+                        print(f"{label}, {mode}", slowest_kernels(run, images), sep="\n", flush=True)
                 row["images/s"] = f"{1e3 * batch / row['ms']:.0f}"
             except RuntimeError as error:
                 row["images/s"] = f"failed: {str(error).splitlines()[0][:60]}"
@@ -168,6 +171,17 @@ def timed(run: Callable[[Tensor], Tensor], images: Tensor, seconds: float) -> tu
         times.append(a.elapsed_time(b))
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20
     return sorted(times)[len(times) // 2], peak
+
+
+def slowest_kernels(run: Callable[[Tensor], Tensor], images: Tensor) -> str:
+    """Table of the kernels of one forward by their share of GPU time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run(images)
+        torch.cuda.synchronize()
+    kernels = sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in kernels)
+    rows = [[e.key[:80], e.count, e.self_device_time_total / 1e3, e.self_device_time_total / total] for e in kernels[:10]]
+    return tabulate([*rows, ["all", "", total / 1e3, 1.0]], ["kernel", "calls", "ms", "share"], floatfmt=".3f")
 
 
 def load_official(path: str, extension: str | None) -> types.ModuleType:

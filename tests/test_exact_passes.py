@@ -1,0 +1,318 @@
+"""The exact passes change no result, leave nothing of what they claim to remove, and leave near misses alone."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import vmeanba_fx
+from tests import zoo
+from tests.helpers import make_scan_matter
+from vmeanba_fx.cross_scan import find_cross_scan
+from vmeanba_fx.evaluate import Unprovable, evaluate
+from vmeanba_fx.graph import aten, scan_nodes
+from vmeanba_fx.models import VSSM
+from vmeanba_fx.ops.directions import direction_table
+from vmeanba_fx.passes.fuse_ss2d import NOT_FUSED
+
+EXACT = ("drop_annihilated", "merge_skips", "fuse_ss2d", "cleanup")
+BOUND = {torch.float32: 1e-5, torch.float64: 1e-12}
+OURS = torch.ops.vmeanba_fx
+COMMON = {"depths": [1, 1], "dims": 12, "patch_size": 4, "in_chans": 3, "num_classes": 5, "imgsize": 32}
+V05 = {
+    "ssm_d_state": 1, "ssm_ratio": 1.0, "ssm_conv_bias": False, "mlp_ratio": 2.0, "norm_layer": "ln2d",
+    "downsample_version": "v3", "patchembed_version": "v2",
+}  # fmt: skip
+V0 = {
+    "ssm_d_state": 4, "ssm_ratio": 2.0, "mlp_ratio": 0.0, "norm_layer": "ln", "downsample_version": "v1",
+    "patchembed_version": "v1", "forward_type": "v0",
+}  # fmt: skip
+VARIANTS = {
+    "v05_noz": V05 | {"forward_type": "v05_noz"},
+    "v05": V05 | {"forward_type": "v05", "ssm_d_state": 3, "ssm_ratio": 2.0},
+    "v05_noz, channels last": V05 | {"forward_type": "v05_noz", "norm_layer": "ln"},
+    "v05_onnone": V05 | {"forward_type": "v05_onnone_noz"},
+    "v05_ondwconv3": V05 | {"forward_type": "v05_ondwconv3_noz"},
+    "v05_onsoftmax": V05 | {"forward_type": "v05_onsoftmax_noz"},
+    "unidi": V05 | {"forward_type": "v051d_noz"},
+    "bidi": V05 | {"forward_type": "v052d_noz"},
+    "v0": V0,
+}
+
+
+def targets(gm) -> list:
+    return [n.target for n in gm.graph.nodes if n.op == "call_function"]
+
+
+def relative(a, b) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@functools.cache
+def planned(name: str, dtype: torch.dtype):
+    """(plan, images) of an own VMamba at an odd size; captured once."""
+    height, width = (28, 44) if name != "v0" else (32, 64)
+    model = make_scan_matter(VSSM(**COMMON, **VARIANTS[name])).eval().to(dtype)
+    x = torch.randn(3, 3, height, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return vmeanba_fx.calibrate(model, [x], score_sites=False), x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_exact_on_every_kind_of_vmamba(name, dtype):
+    if name == "v0" and dtype == torch.float64:
+        pytest.skip("v0 casts to float32 by itself")
+    plan, x = planned(name, dtype)
+    n = len(plan.sites)
+    with torch.no_grad():
+        kept = plan.apply(0, skip_passes=EXACT)(x)
+        replaced = plan.apply(n, skip_passes=EXACT)(x)
+        assert relative(replaced, kept) > 0.02, "the scans do not matter here, so equality would prove nothing"
+        assert relative(plan.apply(0)(x), kept) < BOUND[dtype]
+        assert relative(plan.apply(n)(x), replaced) < BOUND[dtype]
+        mixed = plan.choose(sites=plan.sites[0].name)
+        literal = plan.apply(sites=mixed, skip_passes=EXACT)(x)
+        assert relative(plan.apply(sites=mixed)(x), literal) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_kept_sites_are_one_op_and_the_copies_are_gone(name):
+    plan, x = planned(name, torch.float32)
+    gm = plan.apply(0)
+    found = targets(gm)
+    assert found.count(OURS.ss2d.default) == len(plan.sites)
+    gone = {aten.flip.default, aten.new_empty.default, aten.stack.default, aten.conv1d.default, aten.einsum.default,
+            aten.slice_scatter.default, aten.select_scatter.default, aten.split_with_sizes.default}  # fmt: skip
+    assert not gone & set(found), "parts of the cross scan or of its projections are left"
+    assert gm(x[:1]).shape == (1, 5), "batch 1 runs too"
+
+
+@pytest.mark.parametrize("name", ["v05_noz", "v05", "unidi", "bidi", "v0"])
+def test_annihilated_sites_leave_only_aten(name):
+    plan, _ = planned(name, torch.float32)
+    gm = plan.apply(len(plan.sites))
+    assert not [t for t in targets(gm) if "vmeanba_fx" in str(t)]
+    names = [k for k, _ in (*gm.named_parameters(), *gm.named_buffers())]
+    assert not [k for k in names if "x_proj" in k or "dt_proj" in k or "A_logs" in k], "dead weights are still carried"
+
+
+@pytest.mark.parametrize("directions", [1, 2, 4])
+@pytest.mark.parametrize("state", [1, 3])
+def test_stack_and_flip_cross_scans(directions, state):
+    model = zoo.tiny(directions=directions, state=state).double()
+    x = zoo.images(3, dtype=torch.float64)
+    gm = vmeanba_fx.transform(model, [x], k=0)
+    assert targets(gm).count(OURS.ss2d.default) == 2
+    with torch.no_grad():
+        assert relative(zoo.without_scan(model, x), model(x)) > 0.02
+        assert relative(gm(x), model(x)) < 1e-12
+        assert relative(gm(x[:1]), model(x[:1])) < 1e-12
+
+
+def walk(x, code):
+    """(B, D, H, W) in the order of a direction code, from the code's definition, one position at a time."""
+    height, width = x.shape[2:]
+    minor_length = height if code & 1 else width
+    steps = []
+    for t in range(height * width):
+        s = height * width - 1 - t if code & 2 else t
+        major, minor = divmod(s, minor_length)
+        minor = minor_length - 1 - minor if code & 4 else minor
+        h, w = (minor, major) if code & 1 else (major, minor)
+        steps.append(x[:, :, h, w])
+    return torch.stack(steps, dim=-1)
+
+
+class Walks(nn.Module):
+    """Two directions given by index tables, merged by their inverses; the tables are buffers."""
+
+    def __init__(self, tables: torch.Tensor, channels: int, state: int, last: bool = False) -> None:
+        super().__init__()
+        directions, length = tables.shape
+        self.last, self.rank, self.state = last, 2, state
+        self.register_buffer("tables", tables)
+        self.register_buffer("inverse", torch.argsort(tables, dim=1))
+        g = torch.Generator().manual_seed(directions * length)
+
+        def normal(*shape):
+            return nn.Parameter(torch.randn(*shape, generator=g))
+
+        self.x_proj = normal(directions, self.rank + 2 * state, channels)
+        self.dt_proj = normal(directions, channels, self.rank)
+        self.bias, self.A_log = normal(directions * channels), normal(directions * channels, state)
+        self.D = normal(directions * channels)
+
+    def split(self, u):
+        features = torch.einsum("bkdl,kcd->bkcl", u, self.x_proj)
+        return features.split([self.rank, self.state, self.state], dim=2)
+
+    def merge(self, y):
+        return sum(y[:, k][:, :, self.inverse[k]] for k in range(len(self.tables)))
+
+    def forward(self, x):
+        x = F.silu(x)
+        flat = x.flatten(1, 2).transpose(1, 2) if self.last else x.flatten(2)
+        u = torch.stack([flat[:, :, table] for table in self.tables], dim=1)
+        dt, B, C = self.split(u)
+        delta = torch.einsum("bkrl,kdr->bkdl", dt, self.dt_proj).flatten(1, 2)
+        y = zoo.selective_scan_fn(
+            u.flatten(1, 2), delta, -self.A_log.exp(), B, C, self.D, None, self.bias, delta_softplus=True
+        )
+        return self.merge(y.unflatten(1, (len(self.tables), -1)))
+
+
+def fused(model, x):
+    """(graph with k = 0, reasons why sites were not fused)."""
+    gm = vmeanba_fx.transform(model, [x], k=0)
+    return gm, [n.meta[NOT_FUSED] for _, n in scan_nodes(gm) if NOT_FUSED in n.meta]
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    height=st.integers(1, 5), width=st.integers(2, 5), channels=st.integers(3, 7), state=st.integers(1, 3),
+    codes=st.lists(st.integers(0, 7), min_size=1, max_size=4), last=st.booleans(),
+)  # fmt: skip
+def test_any_shape_and_any_directions(height, width, channels, state, codes, last):
+    tables = direction_table(codes, height, width)
+    model = Walks(tables, channels, state, last).double()
+    shape = (2, height, width, channels) if last else (2, channels, height, width)
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    gm, reasons = fused(model, x)
+    assert not reasons
+    [node] = [n for n in gm.graph.nodes if n.target is OURS.ss2d.default]
+    found = direction_table(list(node.args[6]), height, width)
+    assert torch.equal(found, tables), "the codes it found walk another way"
+    with torch.no_grad():
+        assert relative(gm(x), model(x)) < 1e-12
+
+
+def test_direction_codes_mean_what_they_say():
+    x = torch.arange(2 * 3 * 4 * 5, dtype=torch.float64).reshape(2, 3, 4, 5)
+    for code in range(8):
+        table = direction_table([code], 4, 5)[0]
+        assert torch.equal(x.flatten(2)[:, :, table], walk(x, code))
+
+
+def test_an_order_that_is_no_direction_becomes_a_table():
+    snake = torch.tensor([[0, 1, 2, 5, 4, 3, 6, 7, 8], [0, 3, 6, 7, 4, 1, 2, 5, 8]])
+    model = Walks(snake, 5, 2).double()
+    x = torch.randn(2, 5, 3, 3, dtype=torch.float64)
+    gm, reasons = fused(model, x)
+    assert not reasons
+    [node] = [n for n in gm.graph.nodes if n.target is OURS.ss2d.default]
+    assert list(node.args[6]) == [] and node.args[7] is not None
+    with torch.no_grad():
+        assert relative(gm(x), model(x)) < 1e-12
+
+
+# Near misses: each differs from the pattern in one thing, must stay unfused, and must still be right.
+
+
+class GateBeforeMerge(Walks):
+    def merge(self, y):
+        return super().merge(torch.tanh(y))
+
+
+class PositionWeights(Walks):
+    def merge(self, y):
+        weights = torch.linspace(0.5, 1.5, y.shape[-1], dtype=y.dtype)
+        return super().merge(y * weights)
+
+
+class MissingDirection(Walks):
+    def merge(self, y):
+        return y[:, 0][:, :, self.inverse[0]]
+
+
+class Observer(Walks):
+    def merge(self, y):
+        return super().merge(y) + y.abs().mean()
+
+
+class NonlinearFeatures(Walks):
+    def split(self, u):
+        return tuple(F.relu(t) for t in super().split(u))
+
+
+class NormalisedFeatures(Walks):
+    """The step features, B and C are normalised, as Mamba variants with extra RMS norms do."""
+
+    def split(self, u):
+        return tuple(t * torch.rsqrt(t.square().mean(2, keepdim=True) + 1e-6) for t in super().split(u))
+
+
+class SwappedMerge(Walks):
+    """Puts the directions back with each other's order: legal, but not the merge of this cross scan."""
+
+    def merge(self, y):
+        return sum(y[:, k][:, :, self.inverse[1 - k]] for k in range(2))
+
+
+class ShiftedProjection(Walks):
+    """B and C of a position are those of its neighbour: not pointwise."""
+
+    def split(self, u):
+        return tuple(t.roll(1, -1) for t in super().split(u))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [GateBeforeMerge, PositionWeights, MissingDirection, Observer, NonlinearFeatures, NormalisedFeatures, SwappedMerge,
+     ShiftedProjection],
+)  # fmt: skip
+def test_near_misses_stay(kind):
+    model = kind(direction_table([0, 3], 3, 4), 5, 2).double()
+    x = torch.randn(2, 5, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    gm, reasons = fused(model, x)
+    assert reasons and all(reasons), "a graph that is not the pattern was rewritten"
+    assert OURS.ss2d.default not in targets(gm)
+    with torch.no_grad():
+        assert relative(gm(x), model(x)) < 1e-12
+
+
+def test_mean_of_two_maps_is_refused():
+    class TwoMaps(Walks):
+        def forward(self, x):
+            self.other = torch.tanh(x).flatten(2)
+            return super().forward(x)
+
+        def split(self, u):
+            other = torch.stack([self.other[:, :, t] for t in self.tables], dim=1)
+            return super().split(other)
+
+    model = TwoMaps(direction_table([0, 1], 3, 4), 5, 2).double()
+    x = torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    gm, reasons = fused(model, x)
+    assert reasons
+    with torch.no_grad():
+        assert relative(gm(x), model(x)) < 1e-12
+
+
+def test_evaluate_refuses_what_depends_on_the_input():
+    gm = vmeanba_fx.capture(zoo.tiny(), zoo.images())
+    [(_, scan), *_] = scan_nodes(gm)
+    with pytest.raises(Unprovable, match="depends on"):
+        evaluate([scan], {}, 2)
+
+
+def test_cross_scan_reports_where_it_comes_from():
+    gm = vmeanba_fx.capture(zoo.tiny(), zoo.images())
+    [(_, scan), *_] = scan_nodes(gm)
+    found = find_cross_scan(scan.args[0], 4)
+    assert found.source.target is aten.silu.default
+    assert (found.height, found.width, found.directions) == (3, 5, (0, 1, 2, 3))
+
+
+def test_lossless_export_and_compile():
+    plan, x = planned("v05_noz", torch.float32)
+    gm = plan.apply(0)
+    with torch.no_grad():
+        expected = gm(x)
+        program = torch.export.export(gm, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+        assert relative(program.module()(x[:1]), expected[:1]) < 1e-5
+        compiled = torch.compile(gm, fullgraph=True, backend="aot_eager")
+        assert relative(compiled(x), expected) < 1e-5
