@@ -194,6 +194,8 @@ def load_official(path: str, extension: str | None) -> types.ModuleType:
     stand_ins["timm.models.layers"].trunc_normal_ = nn.init.trunc_normal_
     for n in ("FlopCountAnalysis", "flop_count_str", "flop_count", "parameter_count"):
         setattr(stand_ins["fvcore.nn"], n, None)
+    import triton  # noqa: F401  before the patch, which forgets every module imported while it lasts
+
     with mock.patch.dict(sys.modules, stand_ins):
         spec = importlib.util.spec_from_file_location("official_vmamba", path)
         module = importlib.util.module_from_spec(spec)

@@ -12,7 +12,8 @@ from .calibrate import calibrate
 
 __all__ = ["transform"]
 
-_APPLY = frozenset({"max_drop", "sites", "exclude", "skip_passes", "verify", "dump"})
+_CHOICE = ("max_drop", "sites", "exclude")
+_APPLY = ("skip_passes", "verify", "dump")
 
 
 def transform(
@@ -39,12 +40,14 @@ def transform(
     Raises:
         Everything :func:`calibrate` and :meth:`Plan.apply` raise; the model and files stay as they were.
     """
-    apply_options = {name: options.pop(name) for name in list(options) if name in _APPLY}
-    needs_scores = k != 0 and apply_options.get("sites") is None
-    if needs_scores and k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 0):
+    choice = {name: options.pop(name) for name in _CHOICE if name in options}
+    apply_options = {name: options.pop(name) for name in _APPLY if name in options}
+    plan = calibrate(
+        model,
+        calib_loader,
+        score_sites=k != 0 and choice.get("sites") is None,
         # Do not score for minutes to refuse afterwards.
-        from .errors import SiteError
-
-        raise SiteError(f"k={k!r}: give a whole number that is not negative")
-    plan = calibrate(model, calib_loader, score_sites=needs_scores, **options)
-    return plan.apply(k, **apply_options)
+        before_scoring=lambda unscored: unscored.check_choice(k, **choice),
+        **options,
+    )
+    return plan.apply(k, **choice, **apply_options)

@@ -1,4 +1,4 @@
-"""The paper's layer impact score: how much a metric changes when only that site is replaced (section 2 of the method)."""
+"""The paper's layer impact score: how much a metric changes when only that site is replaced."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from tqdm.auto import tqdm
 
-from .capture import capture
+from .capture import capture, capture_info
 from .errors import CalibrationError, PlanError
 from .execute import Executor, State
 from .files import read_json, write_atomically
+from .fingerprint import Fingerprint
 from .graph import SITE, graph_modules, scan_nodes
 from .metrics import Batch, Metric, kl, resolve_metric, score, unpack
 from .passes.mean_scan import Mean, check_mean, mean_scan, mean_scan_tensors, scan_arguments
-from .plan import Fingerprint, Plan
+from .plan import Plan
 from .sites import Site, find_sites
 
 __all__ = ["calibrate"]
@@ -47,6 +49,7 @@ def calibrate(
     progress: bool | None = None,
     dynamic_size: bool = False,
     score_sites: bool = True,
+    before_scoring: Callable[[Plan], None] | None = None,
 ) -> Plan:
     """Score every site of ``model`` on calibration data.
 
@@ -64,6 +67,7 @@ def calibrate(
         progress: show a progress bar; by default only on a terminal.
         dynamic_size: capture with dynamic height and width.
         score_sites: False makes a plan without scores, which can only be applied with ``k=0`` or by site names.
+        before_scoring: called with the plan while it has no scores yet; may raise, so that nothing is scored in vain.
 
     Raises:
         CalibrationError: no batches, no labels for the metric, outputs or scores that are not finite (names the site).
@@ -82,24 +86,35 @@ def calibrate(
         gm = capture(model, first.args, first.kwargs, dynamic_size=dynamic_size)
         sites = find_sites(gm)
         chosen = resolve_metric(metric, first.labels is not None)
-        fingerprint = Fingerprint.of(gm, seed=seed, options={"mean": mean, "metric": chosen.name})
+        options = {"mean": mean, "metric": chosen.name, "dynamic_size": dynamic_size}
+        plan = Plan(
+            sites=list(sites),
+            refused=list(sites.refused),
+            metric=chosen.name,
+            higher_is_better=chosen.higher_is_better,
+            mean=mean,
+            base=None,
+            scores=[],
+            tiebreaks=[],
+            samples=0,
+            fingerprint=Fingerprint.of(gm, seed=seed, options=options),
+            inputs=_describe_inputs(first),
+            graph=gm,
+        )
+        if before_scoring is not None:
+            before_scoring(plan)
+        if not score_sites:
+            return plan
         scorer = _Scorer(gm, list(sites), chosen, mean)
-        if score_sites:
-            total = _length(loader, max_batches)
-            scorer.run(itertools.chain([first], batches), total, resume, fingerprint, progress)
-    return Plan(
-        sites=list(sites),
-        refused=list(sites.refused),
-        metric=chosen.name,
-        higher_is_better=chosen.higher_is_better,
-        mean=mean,
+        total = _length(loader, max_batches)
+        scorer.run(itertools.chain([first], batches), total, resume, plan.fingerprint, progress)
+    return replace(
+        plan,
         base=scorer.base_value,
         scores=scorer.values(),
         tiebreaks=scorer.tiebreak_values(),
         samples=scorer.samples,
-        fingerprint=fingerprint.with_data(scorer.chain.hex() if score_sites else ""),
-        inputs=_describe_inputs(first),
-        graph=gm,
+        fingerprint=plan.fingerprint.with_data(scorer.chain.hex()),
     )
 
 
@@ -138,8 +153,10 @@ class _Scorer:
             total=None if total is None else total * len(self.sites), desc=f"scoring {len(self.sites)} sites",
             unit="run", disable=None if progress is None else not progress, leave=False,
         )  # fmt: skip
+        seen = 0
         with bar, torch.no_grad():
             for index, batch in enumerate(batches):
+                seen += 1
                 self.chain = hashlib.sha256(self.chain + batch.digest()).digest()
                 if index < done["batches"]:
                     if index + 1 == done["batches"] and self.chain.hex() != done["chain"]:
@@ -149,7 +166,7 @@ class _Scorer:
                 self._batch(index, batch, bar)
                 if resume is not None:
                     self._save(resume, fingerprint)
-        if self.batches < done["batches"]:
+        if seen < done["batches"]:
             raise PlanError(
                 f"{resume} was made from more batches than the loader gives now: remove it, or give the same data"
             )
@@ -158,11 +175,13 @@ class _Scorer:
         batch = batch.to(self.executor.device)
         try:
             base, state = self.executor.run(*batch.args, **batch.kwargs)
-        except (RuntimeError, AssertionError, ValueError) as error:
+        except (RuntimeError, AssertionError, ValueError, TypeError, KeyError) as error:
+            why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            notes = capture_info(self.gm).notes
             raise CalibrationError(
-                f"batch {index} does not fit the captured graph: {str(error).splitlines()[0]}"
+                f"batch {index} ({_shapes(batch)}) does not fit the captured graph: {'; '.join((why, *notes))}"
             ) from error
-        _require_finite(base, f"the model's outputs on calibration batch {index}")
+        _require_finite(base, f"the model's outputs on calibration batch {index}", lambda: self._first_bad(state))
         value, count = score(self.metric, base, batch, base)
         _require_number(value, f"the metric {self.metric.name!r} of the unchanged model on batch {index}")
         self.base_sum += value
@@ -179,6 +198,15 @@ class _Scorer:
             bar.update()
         self.samples += count
         self.batches += 1
+
+    def _first_bad(self, state: State) -> str:
+        """Where in the graph the values stop being finite, as far as the kept values tell."""
+        for point in self.points:
+            for what, node in (("input", point.scan.args[0]), ("output", point.scan)):
+                values = state.env.get(node)
+                if isinstance(values, Tensor) and not bool(torch.isfinite(values).all()):
+                    return f", first seen in the {what} of the scan at {point.site.name}"
+        return ""
 
     def _tiebreak(self, i: int, outputs: Any, base: Any) -> None:
         # A small calibration set leaves many sites with equal accuracy; the shift of the outputs tells them apart.
@@ -268,10 +296,10 @@ def _length(loader: Any, limit: int | None) -> int | None:
     return n if limit is None else min(n, limit)
 
 
-def _require_finite(outputs: Any, what: str) -> None:
+def _require_finite(outputs: Any, what: str, where: Callable[[], str] = str) -> None:
     for t in pytree.tree_leaves(outputs):
         if isinstance(t, Tensor) and t.is_floating_point() and not bool(torch.isfinite(t).all()):
-            raise CalibrationError(f"{what} are not finite (nan or inf); nothing was written")
+            raise CalibrationError(f"{what} are not finite (nan or inf){where()}; no plan was made")
 
 
 def _require_number(value: float, what: str) -> None:
@@ -280,12 +308,24 @@ def _require_number(value: float, what: str) -> None:
 
 
 def _describe_inputs(batch: Batch) -> list[dict[str, Any]]:
-    """Shapes and dtypes of the inputs, from which :meth:`Plan.apply` can capture a fresh model again."""
-    out = []
+    """What :meth:`Plan.apply` needs to capture a fresh model again; empty where an input is neither tensor nor plain.
+
+    Tensors are described by shape and dtype, numbers, strings, flags and ``None`` by their value.
+    """
+    out: list[dict[str, Any]] = []
     for key, v in [*enumerate(batch.args), *batch.kwargs.items()]:
         if isinstance(v, Tensor):
             out.append({"key": key, "shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")})
+        elif v is None or isinstance(v, (bool, int, float, str)):
+            out.append({"key": key, "value": v})
+        else:
+            return []
     return out
+
+
+def _shapes(batch: Batch) -> str:
+    leaves = pytree.tree_leaves((batch.args, batch.kwargs))
+    return ", ".join(str(tuple(t.shape)) for t in leaves if isinstance(t, Tensor))
 
 
 @contextlib.contextmanager

@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,11 +22,13 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from . import ops
+from .discovery import Discovery
 from .errors import CaptureError
-from .graph import SCAN, scan_nodes, site_names, strip_metadata
-from .intercept import Discovery, Interception, cpu_device_guard, intercept
+from .graph import SCAN, fake_mode, SITE, graph_modules, module_path, mutates, remove_dead_code, scan_nodes, site_names, strip_metadata
+from .guards import drop_needless_guards, failed_guard
+from .intercept import _LOCK, cpu_device_guard, intercept
 from .ops.last_state import last_state
-from .registry import ScanCall, compute_dtype
+from .registry import ScanCall, compute_dtype, is_scan
 
 __all__ = ["CaptureInfo", "capture", "capture_info"]
 
@@ -39,14 +42,16 @@ class CaptureInfo:
 
     ``args``/``kwargs``: the example inputs the graph was traced with (CPU, batch 2 where the batch is dynamic).
     ``dynamic``: input dimensions that may vary, as (input name, dimension). ``refused``: (module path, sentence) of
-    scans that were seen but left as ordinary code. ``notes``: sentences on what specialised.
+    scans that were seen but left as ordinary code. ``lookalikes``: functions of the model that may be scans of a
+    signature nobody registered. ``notes``: sentences on what specialised.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     dynamic: tuple[tuple[str, int], ...] = ()
     refused: tuple[tuple[str, str], ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    lookalikes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def batch_dynamic(self) -> bool:
@@ -92,33 +97,83 @@ def capture(
     args = (args,) if isinstance(args, Tensor) else tuple(args)
     kwargs = dict(kwargs or {})
     if isinstance(model, ExportedProgram):
-        return _from_exported(model)
+        return _from_exported(model, args, kwargs)
     if isinstance(model, fx.GraphModule) and _META in model.meta:
         return copy.deepcopy(model)
     device = _device_of(model)
     cpu_args, cpu_kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().cpu(), (args, kwargs))
     batch = _batch_size(cpu_args, cpu_kwargs)
-    notes: list[str] = []
-    with _quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
-        private = _private_copy(model)
-        small = _with_batch(cpu_args, cpu_kwargs, batch, 2)
-        try:
-            program, refused = _export(private, *small, batch=2, dynamic_size=dynamic_size)
-            fixed = not _is_dynamic(program)
-        except CaptureError as error:
-            log.info("export with a dynamic batch failed (%s)", error)
-            fixed = True
-        if fixed:
-            small = (cpu_args, cpu_kwargs)
-            program, refused = _export(_private_copy(model), *small, batch=None, dynamic_size=False)
-            notes.append(f"the model specialises its batch size: the graph runs for batch {batch} only")
-    gm = program.module()
-    info = CaptureInfo(*small, _dynamic_dims(gm), tuple(refused), tuple(notes))
-    return _finish(gm, info, device, model)
+    # One capture at a time: interception, warning filters and export itself are global to the process.
+    with _LOCK, _quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        trace = _with_free_batch(model, *_with_batch(cpu_args, cpu_kwargs, batch, 2), dynamic_size)
+        if trace is None:
+            trace = _export(_private_copy(model), cpu_args, cpu_kwargs, batch=None, dynamic_size=False)
+            trace.notes.append(f"the model specialises its batch size: the graph runs for batch {batch} only")
+        gm = _functional(trace)
+    info = CaptureInfo(
+        trace.args, trace.kwargs, _dynamic_dims(gm), tuple(trace.refused), tuple(trace.lookalikes), tuple(trace.notes)
+    )
+    return _finish(gm, info, device, _traced_paths(model))
 
 
-def _from_exported(program: ExportedProgram) -> fx.GraphModule:
-    args, kwargs = program.example_inputs or ((), {})
+@dataclass
+class _Trace:
+    """One export. ``run`` is the traced model under interception, to compare with; ``gm`` the program as a module."""
+
+    program: ExportedProgram
+    gm: fx.GraphModule
+    run: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    refused: list[tuple[str, str]]
+    lookalikes: list[str]
+    notes: list[str]
+
+
+def _with_free_batch(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_size: bool
+) -> _Trace | None:
+    """The model exported at batch 2 for any batch size, or None where it does not allow that."""
+    try:
+        trace = _export(_private_copy(model), args, kwargs, batch=2, dynamic_size=dynamic_size)
+    except CaptureError as error:
+        log.info("export with a dynamic batch failed (%s)", error)
+        return None
+    symbolic = any(dim == 0 for _, dim in _dynamic_dims(trace.gm))
+    if not symbolic or failed_guard(trace.gm, *_with_batch(args, kwargs, 2, 3)):
+        return None
+    single = _with_batch(args, kwargs, 2, 1)
+    trace.gm, guard = drop_needless_guards(trace.program, trace.gm, trace.run, *single)
+    if guard:
+        trace.notes.append(f"the graph does not run for batch 1: it needs {guard}")
+    if dynamic_size and not any(dim > 1 for _, dim in _dynamic_dims(trace.gm)):
+        trace.notes.append("the model specialises its height and width: the graph runs for the captured size only")
+    return trace
+
+
+def _functional(trace: _Trace) -> fx.GraphModule:
+    """The traced graph without in-place operators, as far as that is possible: passes and scores rely on data flow."""
+    gm = _plain(trace.gm)
+    if not any(mutates(node) for owner in graph_modules(gm) for node in owner.graph.nodes):
+        return gm
+    try:
+        return _plain(trace.program.run_decompositions({}).module())
+    except Exception as error:  # whatever torch raises for a graph it cannot retrace
+        log.info("in-place operators stay in the graph (%s)", error)
+        return gm
+
+
+def _plain(gm: fx.GraphModule) -> fx.GraphModule:
+    """An ordinary GraphModule of the same graph: the one export makes refuses train() and eval()."""
+    from .passes import functionalize
+
+    strip_metadata(gm)
+    return functionalize(fx.GraphModule(gm, gm.graph))
+
+
+def _from_exported(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    if not args and not kwargs:
+        args, kwargs = program.example_inputs or ((), {})
     gm = program.module()
     if not scan_nodes(gm) and not any(str(n.target).startswith("vmeanba_fx") for n in gm.graph.nodes):
         raise CaptureError(
@@ -127,51 +182,31 @@ def _from_exported(program: ExportedProgram) -> fx.GraphModule:
         )
     tensors = [*gm.parameters(), *gm.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
-    return _finish(gm, CaptureInfo(tuple(args), dict(kwargs), _dynamic_dims(gm)), device, None)
+    return _finish(_plain(gm), CaptureInfo(tuple(args), dict(kwargs), _dynamic_dims(gm)), device, [])
 
 
-def _finish(gm: fx.GraphModule, info: CaptureInfo, device: torch.device, model: nn.Module | None) -> fx.GraphModule:
-    from .passes import functionalize, lift_skip
+def _finish(gm: fx.GraphModule, info: CaptureInfo, device: torch.device, paths: list[str]) -> fx.GraphModule:
+    from .passes import lift_skip
 
-    strip_metadata(gm)
-    # A plain GraphModule: the one export makes refuses train() and eval().
-    gm = lift_skip(functionalize(fx.GraphModule(gm, gm.graph)))
-    names = _fx_names(model)
+    gm = lift_skip(gm)
+    remove_dead_code(gm)  # such as a last state that nobody reads
     scans = scan_nodes(gm)
-    if names and len(names) == len(scans):
-        for (_, node), name in zip(scans, names, strict=True):
-            node.meta["vmeanba_fx.site"] = name
-    else:
-        site_names(gm)
+    if len(paths) == len(scans):
+        for (_, node), path in zip(scans, paths, strict=True):
+            node.meta[SITE] = path
+    site_names(gm)
     if device.type != "cpu":
         move_to_device(gm, device)
     gm.meta[_META] = info
     return gm.eval()
 
 
-def _fx_names(model: nn.Module | None) -> list[str]:
-    """Names of the scans of a graph that a user traced: the module stack where fx kept one, the node name otherwise."""
+def _traced_paths(model: nn.Module) -> list[str]:
+    """Where the scans of a graph that a user traced lie: export sees one flat module, fx kept the paths."""
     if not isinstance(model, fx.GraphModule):
         return []
-    from .registry import find_spec, parameter_names
-
-    names: list[str] = []
-    for node in model.graph.nodes:
-        target = getattr(node.target, "__self__", node.target) if node.op == "call_function" else None
-        if target is None or not callable(target):
-            continue
-        signature = getattr(target, "forward", target) if isinstance(target, type) else target
-        if target in SCAN or find_spec(target, parameter_names(signature)) is not None:
-            stack = node.meta.get("nn_module_stack") or {}
-            last = list(stack.values())[-1][0] if stack else ""
-            names.append(f"{last}" if last and names.count(last) == 0 else f"{last or node.name}")
-    duplicates = {n for n in names if names.count(n) > 1}
-    counts: dict[str, int] = {}
-    for i, name in enumerate(names):
-        if name in duplicates:
-            counts[name] = counts.get(name, -1) + 1
-            names[i] = f"{name}#{counts[name]}"
-    return names
+    calls = [node for node in model.graph.nodes if node.op == "call_function"]
+    return [module_path(node) or node.name for node in calls if node.target in SCAN or is_scan(node.target)]
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -184,12 +219,30 @@ def _device_of(model: nn.Module) -> torch.device:
 
 
 def _private_copy(model: nn.Module) -> nn.Module:
+    memo: dict[int, Any] = {}
     try:
-        return copy.deepcopy(model).cpu().eval()
+        private = copy.deepcopy(model, memo).cpu().eval()
+        _rebind_closures(private, memo)
+        return private
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be deep-copied ({error}); the capture works on a copy"
         ) from error
+
+
+def _rebind_closures(private: nn.Module, memo: dict[int, Any]) -> None:
+    """Make functions that ``private`` holds as attributes refer to its own modules, not to those it was copied from.
+
+    ``deepcopy`` shares functions: ``self.act = lambda x: self.norm(x)`` would run, and in training mode change, the
+    caller's model.
+    """
+    for module in private.modules():
+        for name, fn in vars(module).items():
+            if isinstance(fn, types.FunctionType) and fn.__closure__:
+                cells = [types.CellType(memo.get(id(c.cell_contents), c.cell_contents)) for c in fn.__closure__]
+                own = types.FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, tuple(cells))
+                own.__kwdefaults__ = fn.__kwdefaults__
+                setattr(module, name, own)
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -215,7 +268,7 @@ def _with_batch(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, wante
 
 def _export(
     private: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, batch: int | None, dynamic_size: bool
-) -> tuple[ExportedProgram, list[tuple[str, str]]]:
+) -> _Trace:
     shapes = torch.export.ShapesCollection()
     for t in pytree.tree_leaves((args, kwargs)):
         if isinstance(t, Tensor) and t.dim() > 0:
@@ -238,7 +291,17 @@ def _export(
                 args,
                 found,
             )
-        return program, _unique(interception)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with intercept(private, _emit, lambda: ""), cpu_device_guard():
+            return private(*args, **kwargs)
+
+    refused = list(dict.fromkeys(interception.refused))
+    notes = [
+        f"{name} does not run on the CPU: that it is the scan its signature says could not be checked"
+        for name in dict.fromkeys(interception.untried)
+    ]
+    return _Trace(program, program.module(), run, args, kwargs, refused, sorted(found.lookalikes), notes)
 
 
 def _attempt(run: Callable[[], Any], what: str, args: tuple[Any, ...], found: Discovery) -> Any:
@@ -255,10 +318,6 @@ def _attempt(run: Callable[[], Any], what: str, args: tuple[Any, ...], found: Di
         raise CaptureError(f"{what} ({shapes}): {type(error).__name__}: {' '.join(first)}{hint}") from error
 
 
-def _unique(interception: Interception) -> list[tuple[str, str]]:
-    return list(dict.fromkeys(interception.refused))
-
-
 def _emit(call: ScanCall) -> Any:
     """One scan call as graph nodes: the bare recurrence as one op, the skip, the gate and the cast as plain nodes."""
     compute = compute_dtype(call.u.dtype)
@@ -266,15 +325,17 @@ def _emit(call: ScanCall) -> Any:
         call.u, call.delta, call.A, call.B, call.C, None, None, call.delta_bias, call.delta_softplus, compute
     )
     if call.D is not None:
-        y = y + call.D.unsqueeze(-1) * call.u
+        y = y + _cast(call.D, compute).unsqueeze(-1) * call.u
     if call.z is not None:
-        y = y * torch.nn.functional.silu(call.z.to(compute) if call.z.dtype != compute else call.z)
-    out_dtype = call.out_dtype or call.u.dtype
-    if y.dtype != out_dtype:
-        y = y.to(out_dtype)
+        y = y * torch.nn.functional.silu(_cast(call.z, compute))
+    y = _cast(y, call.out_dtype or call.u.dtype)
     if not call.return_last_state:
         return y
     return y, last_state(call.u, call.delta, call.A, call.B, call.delta_bias, call.delta_softplus)
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)  # export would record a cast that does nothing
 
 
 @contextlib.contextmanager
@@ -296,24 +357,16 @@ def _module_stack(model: nn.Module, stack: list[str]) -> Iterator[None]:
             handle.remove()
 
 
-def _placeholders(gm: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
-    for node in gm.graph.nodes:
-        if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor):
-            yield node.name, node.meta["val"]
-
-
 def _dynamic_dims(gm: fx.GraphModule) -> tuple[tuple[str, int], ...]:
+    """Input dimensions that may vary, as (input name, dimension)."""
+    inputs = [(n.name, n.meta.get("val")) for n in gm.graph.nodes if n.op == "placeholder"]
+    tensors = [(name, val) for name, val in inputs if isinstance(val, Tensor)]
+    # A size that the model read as a number stays a SymInt, whose expression is that number.
     return tuple(
-        (name, i) for name, val in _placeholders(gm) for i, s in enumerate(val.shape) if isinstance(s, torch.SymInt)
-    )
-
-
-def _is_dynamic(program: ExportedProgram) -> bool:
-    inputs = set(program.graph_signature.user_inputs)
-    return any(
-        isinstance(n.meta["val"].shape[0], torch.SymInt)
-        for n in program.graph.nodes
-        if n.op == "placeholder" and n.name in inputs and isinstance(n.meta.get("val"), Tensor) and n.meta["val"].dim()
+        (name, i)
+        for name, val in tensors
+        for i, s in enumerate(val.shape)
+        if isinstance(s, torch.SymInt) and s.node.expr.free_symbols
     )
 
 
@@ -326,9 +379,12 @@ def move_to_device(gm: fx.GraphModule, device: torch.device) -> None:
                 setattr(module, name, value.to(device))
         if not isinstance(module, fx.GraphModule):
             continue
-        for node in module.graph.nodes:
-            node.args = pytree.tree_map_only(torch.device, lambda _: device, node.args)
-            node.kwargs = pytree.tree_map_only(torch.device, lambda _: device, dict(node.kwargs))
+        with fake_mode(module.graph) or contextlib.nullcontext():
+            for node in module.graph.nodes:
+                node.args = pytree.tree_map_only(torch.device, lambda _: device, node.args)
+                node.kwargs = pytree.tree_map_only(torch.device, lambda _: device, dict(node.kwargs))
+                if "val" in node.meta:
+                    node.meta["val"] = pytree.tree_map_only(Tensor, lambda t: t.to(device), node.meta["val"])
         module.recompile()
 
 

@@ -1,7 +1,8 @@
 """Run a graph once, then run only what changes: scoring site i re-executes the nodes downstream of site i.
 
 The executor keeps, from one full run, exactly the values that some later partial run will read: the inputs of the
-points that may be overridden, and whatever crosses from outside into the part downstream of one of them.
+points that may be overridden, and whatever crosses from outside into the part downstream of one of them. In a graph
+that writes into its own values data flow does not tell what changes; there every run is a full one.
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.fx._pytree as fx_pytree
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from .graph import downstream
+from .graph import downstream, graph_modules, mutates
 
 
 class State:
-    """Values kept from one full run."""
+    """Values kept from one full run, and its flat inputs."""
 
-    def __init__(self, env: dict[fx.Node, Any]) -> None:
+    def __init__(self, env: dict[fx.Node, Any], inputs: list[Any]) -> None:
         self.env = env
+        self.inputs = inputs
 
     def value(self, node: fx.Node) -> Any:
         """The value of ``node`` in the full run; it must be an override point or one of its inputs."""
@@ -34,7 +37,13 @@ class Executor:
         self.gm = gm
         self.nodes = list(gm.graph.nodes)
         self.interpreter = fx.Interpreter(gm, garbage_collect_values=False)
-        self._below = {point: downstream(gm.graph, {point}) for point in points}
+        # A write nobody reads goes into the caller's inputs, at the end: of no use here, and it would change the batch.
+        self._skipped = {node for node in self.nodes if mutates(node) and not node.users}
+        self._writes = any(
+            mutates(n) for owner in graph_modules(gm) for n in owner.graph.nodes if n not in self._skipped
+        )
+        everything = set(self.nodes)
+        self._below = {point: everything if self._writes else downstream(gm.graph, {point}) for point in points}
         self._kept: set[fx.Node] = set(points)
         for point, below in self._below.items():
             self._kept.update(point.all_input_nodes)
@@ -55,28 +64,30 @@ class Executor:
 
     def run(self, *args: Any, **kwargs: Any) -> tuple[Any, State]:
         """All nodes. Returns the model's outputs and the state that :meth:`rerun` needs."""
-        flat = iter(self.gm.graph.process_inputs(*args, **kwargs))
-        env: dict[fx.Node, Any] = {}
+        inputs = self._flat(args, kwargs)
+        env = self._copies(dict(zip(self.gm.graph.find_nodes(op="placeholder"), inputs, strict=True)))
+        kept = dict(env)
         output = None
         for position, node in enumerate(self.nodes):
-            if node.op == "placeholder":
-                env[node] = next(flat)
-            elif node.op == "output":
+            if node.op == "output":
                 output = self._fetch(node.args[0], env)
-            else:
+            elif node.op != "placeholder" and node not in self._skipped:
                 env[node] = self._call(node, env)
+                if node in self._kept:
+                    kept |= self._copies({node: env[node]})
             for dead in self._last_use.get(position, ()):
-                if dead not in self._kept:
-                    env.pop(dead, None)
-        return self.gm.graph.process_outputs(output), State(env)
+                env.pop(dead, None)
+        return self.gm.graph.process_outputs(output), State(kept, inputs)
 
     def rerun(self, state: State, overrides: Mapping[fx.Node, Any]) -> Any:
         """The model's outputs with ``overrides`` in place of some points' values; runs only what lies downstream."""
         below = set().union(*(self._below[point] for point in overrides))
         env = dict(overrides)
+        if self._writes:
+            env |= self._copies(dict(zip(self.gm.graph.find_nodes(op="placeholder"), state.inputs, strict=True)))
         output = None
         for position, node in enumerate(self.nodes):
-            if node in below and node not in overrides:
+            if node in below and node not in env and node not in self._skipped:
                 if node.op == "output":
                     output = self._fetch(node.args[0], env, state.env)
                 else:
@@ -86,6 +97,17 @@ class Executor:
         if output is None:
             output = self._fetch(self.nodes[-1].args[0], env, state.env)
         return self.gm.graph.process_outputs(output)
+
+    def _flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Inputs in the order of the placeholders."""
+        spec = getattr(self.gm, "_in_spec", None)
+        if spec is None:
+            return [*args, *kwargs.values()]
+        return fx_pytree.tree_flatten_spec((args, kwargs), spec)
+
+    def _copies(self, values: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
+        """``values`` themselves, or copies where the graph might write into them later."""
+        return pytree.tree_map_only(Tensor, torch.clone, values) if self._writes else values
 
     def _fetch(self, args: Any, *envs: dict[fx.Node, Any]) -> Any:
         def lookup(node: fx.Node) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,10 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
         OSError: the folder is missing, read-only or full; names the path.
     """
     target = Path(path)
+    # Not tempfile.mkstemp: it makes files that nobody else may read.
+    name = target.parent / f".{target.name}.{secrets.token_hex(4)}"
     try:
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     except OSError as error:
         raise OSError(error.errno, f"cannot write {target}: {error.strerror}") from None
     try:

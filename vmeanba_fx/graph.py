@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 
 from .ops import last_state as _last_state  # noqa: F401  registers torch.ops.vmeanba_fx.*
@@ -121,7 +122,8 @@ def refresh(node: fx.Node) -> None:
     args, kwargs = pytree.tree_map_only(fx.Node, value, (node.args, node.kwargs))
     tensors = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
     mode = detect_fake_mode(tensors)
-    with mode or contextlib.nullcontext(), torch.no_grad():
+    # Composite operators reach symbolic sizes only through their Python decompositions.
+    with mode or contextlib.nullcontext(), torch.no_grad(), enable_python_dispatcher():
         node.meta["val"] = node.target(*args, **kwargs)
 
 
@@ -182,6 +184,12 @@ def drop_unused_attributes(gm: fx.GraphModule) -> None:
         if full not in used:
             path, _, leaf = full.rpartition(".")
             delattr(gm.get_submodule(path), leaf)
+
+
+def mutates(node: fx.Node) -> bool:
+    """True for an operator that writes into one of its arguments."""
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and schema.is_mutable
 
 
 def downstream(graph: fx.Graph, roots: set[fx.Node]) -> set[fx.Node]:

@@ -21,39 +21,15 @@ import logging
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .registry import (
-    Refusal,
-    ScanCall,
-    ScanSpec,
-    canonical,
-    compute_dtype,
-    find_spec,
-    looks_like_scan,
-    parameter_names,
-    registered_scans,
-)
+from .discovery import PYBIND, Discovery, discover
+from .registry import Refusal, ScanCall, ScanSpec, canonical, compute_dtype, registered_scans
 from .trial import case_of, disagreement
-
-# Packages that contain no selective scan; not walking them keeps discovery fast and away from foreign lazy modules.
-_FOREIGN = frozenset(
-    {"torch", "numpy", "einops", "functools", "math", "typing", "vmeanba_fx", "torchvision", "sklearn", "matplotlib",
-     "scipy", "PIL", "triton", "cupy", "tqdm", "safetensors", "builtins", "collections", "copy", "abc"}
-)  # fmt: skip
-_PYBIND = {
-    "selective_scan_cuda": ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus"),
-    "selective_scan_cuda_core": ("u", "delta", "A", "B", "C", "D", "delta_bias", "delta_softplus", "nrows"),
-    "selective_scan_cuda_oflex": ("u", "delta", "A", "B", "C", "D", "delta_bias", "delta_softplus", "nrows", "oflex"),
-}
-# mamba-ssm's functions by the names they are imported under. Much code swallows the ImportError, so that on a machine
-# without mamba-ssm the name is simply missing; then, and only then, it is supplied while tracing.
-_MAMBA_SSM = ("selective_scan_fn", "selective_scan_ref")
-_MAX_CONTAINER = 512  # a registry of scan variants is small; a longer container is data
 
 Emit = Callable[[ScanCall], Any]
 
@@ -86,154 +62,6 @@ def _trampoline(key: int, n_free: int) -> types.CodeType:
     return scope["outer"]().__code__
 
 
-def _is_foreign(module: str | None) -> bool:
-    root = (module or "").partition(".")[0]
-    return root in _FOREIGN or (root in sys.stdlib_module_names and root != "__main__")
-
-
-def _code_names(code: types.CodeType) -> set[str]:
-    names = set(code.co_names)
-    for const in code.co_consts:
-        if isinstance(const, types.CodeType):
-            names |= _code_names(const)
-    return names
-
-
-class Discovery:
-    """What :func:`discover` found: ``functions`` and ``classes`` with their spec, pybind users, look-alikes."""
-
-    def __init__(self) -> None:
-        self.functions: dict[types.FunctionType, ScanSpec] = {}
-        self.classes: dict[type, ScanSpec] = {}
-        self.missing_pybind: list[tuple[dict[str, Any], str]] = []
-        self.missing_functions: list[tuple[dict[str, Any], str]] = []
-        self.lookalikes: set[str] = set()
-
-    def consider(self, obj: types.FunctionType | type) -> None:
-        """Record ``obj``, a function or an ``autograd.Function`` class, if its signature is that of a scan."""
-        fn = obj.__dict__.get("forward", None) if isinstance(obj, type) else obj
-        fn = getattr(fn, "__func__", fn)
-        if not callable(fn):
-            return
-        parameters = parameter_names(fn)
-        spec = find_spec(obj, parameters)
-        if spec is None:
-            return
-        if isinstance(obj, type):
-            self.classes[obj] = spec
-        else:
-            self.functions[obj] = spec
-
-    def consider_lookalike(self, fn: types.FunctionType) -> None:
-        """Record ``fn``, code of the model itself, if it might be a scan of a signature that nobody registered."""
-        parameters = parameter_names(fn)
-        letters = {name.lower() for name in parameters}
-        parts = {"a", "b", "c"} <= letters and bool({"delta", "deltas", "dt", "dts"} & letters)
-        if (parts or looks_like_scan(parameters)) and find_spec(fn, parameters) is None:
-            self.lookalikes.add(f"{fn.__module__}.{fn.__qualname__}({', '.join(parameters)})")
-
-
-def _children(obj: object, found: Discovery) -> Iterable[object]:
-    """Objects one step away from ``obj`` that may hold a scan."""
-    if isinstance(obj, nn.Module):
-        skip = {"_parameters", "_buffers", "_modules"}
-        graph = getattr(obj, "graph", None)
-        targets = [n.target for n in graph.nodes if callable(n.target)] if isinstance(graph, torch.fx.Graph) else []
-        return [type(obj), *(v for k, v in vars(obj).items() if k not in skip), *obj.children(), *targets]
-    if isinstance(obj, (functools.partial, functools.partialmethod)):
-        return [obj.func, *obj.args, *obj.keywords.values()]
-    if isinstance(obj, types.MethodType):
-        return [obj.__func__]
-    if isinstance(obj, types.BuiltinMethodType):  # a captured `SomeFunction.apply`
-        return [obj.__self__] if isinstance(obj.__self__, type) else []
-    if isinstance(obj, (staticmethod, classmethod)):
-        return [obj.__func__]
-    if isinstance(obj, property):
-        return [f for f in (obj.fget, obj.fset) if f is not None]
-    if isinstance(obj, type):
-        if _is_foreign(obj.__module__):
-            return []
-        members = [(k, v) for c in obj.__mro__ if not _is_foreign(c.__module__) for k, v in vars(c).items()]
-        if issubclass(obj, torch.autograd.Function):  # its forward is swapped on the class; look behind it
-            methods = [getattr(v, "__func__", v) for k, v in members if k != "backward"]
-            return [child for method in methods for child in _function_children(method, found)]
-        return [v for _, v in members]
-    if isinstance(obj, Mapping) and not isinstance(obj, types.MappingProxyType):
-        return list(obj.values()) if len(obj) <= _MAX_CONTAINER else []
-    if isinstance(obj, (list, tuple, set, frozenset)):
-        return list(obj) if len(obj) <= _MAX_CONTAINER else []
-    if isinstance(obj, types.FunctionType):
-        return _function_children(obj, found)
-    if isinstance(obj, types.SimpleNamespace) or (hasattr(obj, "__dict__") and not _is_foreign(type(obj).__module__)):
-        return [type(obj), *vars(obj).values()]
-    return []
-
-
-def _function_children(fn: object, found: Discovery) -> list[object]:
-    if not isinstance(fn, types.FunctionType) or _is_foreign(fn.__module__):
-        return []
-    out: list[object] = [*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
-    for cell in fn.__closure__ or ():
-        with contextlib.suppress(ValueError):  # an empty cell
-            out.append(cell.cell_contents)
-    if (wrapped := getattr(fn, "__wrapped__", None)) is not None:
-        out.append(wrapped)
-    names = _code_names(fn.__code__)
-    for name in names:
-        if name in fn.__globals__:
-            value = fn.__globals__[name]
-            if isinstance(value, types.ModuleType):
-                if not _is_foreign(value.__name__):
-                    out += [vars(value)[n] for n in names if n in vars(value)]
-            else:
-                out.append(value)
-        elif name in _PYBIND and name not in sys.modules:
-            found.missing_pybind.append((fn.__globals__, name))
-        elif name in _MAMBA_SSM:
-            found.missing_functions.append((fn.__globals__, name))
-    return out
-
-
-def discover(model: nn.Module) -> Discovery:
-    """Every selective scan that code of ``model`` can reach, and every one in a loaded module that is no library."""
-    found = Discovery()
-    seen: set[int] = set()
-    stack: list[object] = [model]
-    keep: list[object] = []  # temporaries stay alive, or ids would be reused
-    while stack:
-        obj = stack.pop()
-        if id(obj) in seen or isinstance(obj, (Tensor, str, bytes, int, float, types.ModuleType, type(None))):
-            continue
-        seen.add(id(obj))
-        keep.append(obj)
-        if isinstance(obj, types.FunctionType):
-            found.consider(obj)
-            found.consider_lookalike(obj)
-        elif _is_autograd_function(obj):
-            found.consider(obj)
-        # A scan is walked into as well: it may be a wrapper that does more, around the scan proper.
-        stack.extend(_children(obj, found))
-    for module in list(sys.modules.values()):
-        if isinstance(module, types.ModuleType) and not _is_foreign(module.__name__):
-            for value in list(vars(module).values()):
-                # The number of arguments first: reading a signature is slow, and there are thousands of functions.
-                if _is_autograd_function(value) or (
-                    isinstance(value, types.FunctionType) and _argument_count(value) >= 5
-                ):
-                    found.consider(value)
-    return found
-
-
-def _argument_count(fn: types.FunctionType) -> int:
-    inner = getattr(fn, "__wrapped__", fn)
-    code = getattr(inner, "__code__", fn.__code__)
-    return code.co_argcount + code.co_kwonlyargcount
-
-
-def _is_autograd_function(obj: object) -> bool:
-    return isinstance(obj, type) and issubclass(obj, torch.autograd.Function)
-
-
 def _bind(
     parameters: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], name: str
 ) -> inspect.BoundArguments:
@@ -259,7 +87,9 @@ class Interception:
         self.emit = emit
         self.where = where
         self.refused: list[tuple[str, str]] = []
+        self.untried: list[str] = []
         self._thread = threading.get_ident()
+        self._entered = 0
         self._verdicts: dict[tuple[object, ...], str] = {}
         self._undo: list[Callable[[], None]] = []
 
@@ -270,6 +100,7 @@ class Interception:
         """One call of a swapped function: our op, or ``original`` where this is not a scan that the op computes."""
         if threading.get_ident() != self._thread:
             return original(*args, **kwargs)
+        self._entered += 1
         bound = _bind(signature, args, kwargs, name)
         try:
             call = spec.adapt(bound.arguments)
@@ -278,10 +109,22 @@ class Interception:
             return original(*args, **kwargs)
         case = (id(signature), *case_of(bound.arguments))
         if case not in self._verdicts:
-            self._verdicts[case] = disagreement(original, bound, lambda given: self.emit(spec.adapt(given)))
+            self._verdicts[case] = self._verdict(spec, name, original, bound)
             if self._verdicts[case]:
                 log.info("%s has the signature of a scan but is none: %s", name, self._verdicts[case])
         return original(*args, **kwargs) if self._verdicts[case] else self.emit(call)
+
+    def _verdict(self, spec: ScanSpec, name: str, original: Callable[..., Any], bound: inspect.BoundArguments) -> str:
+        """Why a function is not the scan its signature says; empty where it is, or where that has to be believed."""
+        entered = self._entered
+        verdict = disagreement(original, bound, lambda given: self.emit(spec.adapt(given)))
+        if verdict is not None:
+            return verdict
+        if self._entered > entered or "self" in bound.signature.parameters:
+            # A wrapper around another scan, or a method with values of its own: believing it could be silently wrong.
+            return "it fails"
+        self.untried.append(name)  # a kernel for another device, presumably
+        return ""
 
     def swap_function(self, fn: types.FunctionType, spec: ScanSpec) -> None:
         signature = inspect.signature(fn)
@@ -323,7 +166,7 @@ class Interception:
         self._undo.append(lambda: setattr(cls, "forward", raw))
 
     def swap_pybind(self, found: Discovery) -> None:
-        for name, parameters in _PYBIND.items():
+        for name, parameters in PYBIND.items():
             forward = self._pybind_forward(name, parameters)
             module = sys.modules.get(name)
             if module is not None and hasattr(module, "fwd"):

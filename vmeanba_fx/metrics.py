@@ -58,8 +58,8 @@ def unpack(raw: Any, transform_fn: Callable[[Any], Any] | None = None) -> Batch:
     """What a loader gave, as a :class:`Batch`.
 
     A tensor is the only input; ``(x,)`` and ``(x, labels)`` are input and labels; of a mapping, the key ``labels``
-    (or ``label``, ``target(s)``, ``y``) holds the labels and the rest are keyword inputs. ``transform_fn`` maps any
-    other batch to one of these, or to a :class:`Batch`.
+    (or ``label``, ``target(s)``, ``y``) holds the labels and the rest are keyword inputs; so are those of
+    ``(mapping, labels)``. ``transform_fn`` maps any other batch to one of these, or to a :class:`Batch`.
 
     Raises:
         CalibrationError: none of these.
@@ -73,8 +73,12 @@ def unpack(raw: Any, transform_fn: Callable[[Any], Any] | None = None) -> Batch:
         kwargs = dict(given)
         labels = next((kwargs.pop(key) for key in _LABEL_KEYS if key in kwargs), None)
         return Batch((), kwargs, labels, raw)
-    if isinstance(given, (tuple, list)) and len(given) in (1, 2) and isinstance(given[0], Tensor):
-        return Batch((given[0],), labels=given[1] if len(given) == 2 else None, raw=raw)
+    if isinstance(given, (tuple, list)) and len(given) in (1, 2):
+        labels = given[1] if len(given) == 2 else None
+        if isinstance(given[0], Tensor):
+            return Batch((given[0],), labels=labels, raw=raw)
+        if isinstance(given[0], Mapping):
+            return Batch((), dict(given[0]), labels, raw)
     raise CalibrationError(
         f"cannot tell inputs from labels in a batch of type {type(given).__name__}"
         f"{f' of length {len(given)}' if isinstance(given, (tuple, list)) else ''}: "
@@ -104,13 +108,26 @@ def per_sample(values: Tensor) -> Tensor:
     return values.double().flatten(1).mean(1) if values.dim() > 1 else values.double()
 
 
+def _class_labels(logits: Tensor, batch: Batch) -> Tensor:
+    """Labels that fit the scores (B, classes, ...); a comparison of other shapes would broadcast to nonsense."""
+    expected = (*logits.shape[:1], *logits.shape[2:])
+    if not isinstance(batch.labels, Tensor) or tuple(batch.labels.shape) != expected:
+        got = tuple(batch.labels.shape) if isinstance(batch.labels, Tensor) else f"a {type(batch.labels).__name__}"
+        raise CalibrationError(
+            f"labels must be a tensor of shape {expected} for class scores of shape {tuple(logits.shape)}, got {got}: "
+            "pass transform_fn, or a metric of your own"
+        )
+    return batch.labels
+
+
 def _accuracy(outputs: Any, batch: Batch, _: Any) -> Tensor:
     logits = logits_of(outputs)
-    return per_sample((logits.argmax(1) == batch.labels).to(torch.float64))
+    return per_sample((logits.argmax(1) == _class_labels(logits, batch)).to(torch.float64))
 
 
 def _loss(outputs: Any, batch: Batch, _: Any) -> Tensor:
-    return per_sample(F.cross_entropy(logits_of(outputs).double(), batch.labels, reduction="none"))
+    logits = logits_of(outputs).double()
+    return per_sample(F.cross_entropy(logits, _class_labels(logits, batch), reduction="none"))
 
 
 def kl(outputs: Any, base: Any) -> Tensor:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,73 +20,17 @@ from torch import Tensor, fx, nn
 from .capture import capture, capture_info
 from .errors import PlanError, SiteError
 from .files import read_json, write_atomically
-from .graph import SITE, graph_modules, scan_nodes
+from .fingerprint import Fingerprint
+from .graph import SITE, scan_nodes
 from .passes import Pass, cleanup, drop_annihilated, fuse_ss2d, mean_scan, merge_skips, run_passes
 from .passes.mean_scan import Mean, check_mean
 from .report import Report, attach_report, site_table
 from .sites import Site
 
-__all__ = ["Fingerprint", "Plan"]
+__all__ = ["Plan"]
 
 _FORMAT = "vmeanba_fx.plan"
 _VERSION = 1
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What scores depend on: graph, weights, options, seed, data. Two runs agree where all five do."""
-
-    graph: str
-    weights: str
-    options: dict[str, Any]
-    seed: int
-    data: str = ""
-
-    @classmethod
-    def of(cls, gm: fx.GraphModule, *, seed: int, options: dict[str, Any]) -> Fingerprint:
-        return cls(_graph_digest(gm), _weights_digest(gm), dict(options), seed)
-
-    def with_data(self, data: str) -> Fingerprint:
-        return replace(self, data=data)
-
-    def difference(self, other: Fingerprint) -> str:
-        """What differs, as words; empty where nothing does. Data are compared where both sides know theirs."""
-        parts = {
-            "another model graph": self.graph != other.graph,
-            "other weights": self.weights != other.weights,
-            f"other options, {self.options} against {other.options}": self.options != other.options,
-            f"seed {self.seed} against {other.seed}": self.seed != other.seed,
-            "other calibration data": bool(self.data and other.data and self.data != other.data),
-        }
-        return ", ".join(text for text, differs in parts.items() if differs)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, d: Any) -> Fingerprint:
-        kinds = {"graph": str, "weights": str, "options": dict, "seed": int, "data": str}
-        if not isinstance(d, dict) or set(d) != set(kinds) or not all(isinstance(d[k], t) for k, t in kinds.items()):
-            raise ValueError("the fingerprint is incomplete")
-        return cls(**d)
-
-
-def _graph_digest(gm: fx.GraphModule) -> str:
-    h = hashlib.sha256()
-    for owner in graph_modules(gm):
-        for node in owner.graph.nodes:
-            h.update(f"{node.op} {node.target} {node.meta.get(SITE, '')} {len(node.all_input_nodes)}\n".encode())
-    return h.hexdigest()
-
-
-def _weights_digest(gm: fx.GraphModule) -> str:
-    h = hashlib.sha256()
-    tensors = dict(gm.named_parameters(remove_duplicate=False)) | dict(gm.named_buffers(remove_duplicate=False))
-    for name in sorted(tensors):
-        t = tensors[name].detach().cpu().contiguous()
-        h.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
-        h.update(t.flatten().view(torch.uint8).numpy().tobytes())
-    return h.hexdigest()
 
 
 @dataclass
@@ -121,7 +64,7 @@ class Plan:
         return change if self.higher_is_better else -change
 
     def order(self) -> list[int]:
-        """Site indices from least to most harmful. Ties go to the smaller shift of the outputs (KL), then graph order."""
+        """Site indices from least to most harmful. Ties go to the smaller shift of the outputs (KL), then by position."""
         ties = self.tiebreaks or [0.0] * len(self.sites)
         return sorted(range(len(self.sites)), key=lambda i: (self.impact(i), ties[i], i))
 
@@ -146,27 +89,48 @@ class Plan:
             SiteError: ``k`` is not an int, negative or larger than what can be replaced; a name or glob matches
                 nothing; not exactly one way of choosing is given.
         """
-        if sum(option is not None for option in (k, max_drop, sites)) != 1:
-            raise SiteError("say how to choose: give exactly one of k=, max_drop= and sites=")
-        kept_out = self._match(exclude, "exclude")
+        named, kept_out = self.check_choice(k, max_drop=max_drop, sites=sites, exclude=exclude)
         if sites is not None:
-            named = self._match(sites, "sites")
             return [s.name for s in self.sites if s.name in named and s.name not in kept_out]
-        free = len(self.sites) - len(kept_out)
-        if k is not None:
-            if not isinstance(k, int) or isinstance(k, bool):
-                raise SiteError(f"k={k!r}: give a whole number")
-            if not 0 <= k <= free:
-                raise SiteError(f"k={k}: this model has {free} sites to replace, so k can be 0 to {free}")
-            if k == 0:
-                return []
-            if k == free:
-                return [s.name for s in self.sites if s.name not in kept_out]
+        if k == 0:
+            return []
+        if k == len(self.sites) - len(kept_out):
+            return [s.name for s in self.sites if s.name not in kept_out]
         ranked = [i for i in self.order() if self.sites[i].name not in kept_out]
         picked = set(ranked[:k]) if k is not None else self._within(ranked, max_drop)
         return [s.name for i, s in enumerate(self.sites) if i in picked]
 
-    def _within(self, ranked: list[int], max_drop: float | None) -> set[int]:
+    def check_choice(
+        self,
+        k: int | None = None,
+        *,
+        max_drop: float | None = None,
+        sites: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] = (),
+    ) -> tuple[set[str], set[str]]:
+        """Raise what :meth:`choose` raises for a choice that cannot be made; needs no scores.
+
+        Returns the names that ``sites`` and ``exclude`` match.
+        """
+        if sum(option is not None for option in (k, max_drop, sites)) != 1:
+            raise SiteError("say how to choose: give exactly one of k=, max_drop= and sites=")
+        named = self._match(sites, "sites") if sites is not None else set()
+        kept_out = self._match(exclude, "exclude")
+        if k is not None:
+            free = len(self.sites) - len(kept_out)
+            if not isinstance(k, int) or isinstance(k, bool):
+                raise SiteError(f"k={k!r}: give a whole number")
+            if not 0 <= k <= free:
+                raise SiteError(f"k={k}: this model has {free} sites to replace, so k can be 0 to {free}")
+        if max_drop is not None:
+            number = isinstance(max_drop, (int, float)) and not isinstance(max_drop, bool)
+            if not number or not math.isfinite(max_drop) or max_drop < 0:
+                raise SiteError(
+                    f"max_drop={max_drop!r}: give a number of at least 0, in units of the metric {self.metric!r}"
+                )
+        return named, kept_out
+
+    def _within(self, ranked: list[int], max_drop: float) -> set[int]:
         if (
             not isinstance(max_drop, (int, float))
             or isinstance(max_drop, bool)
@@ -209,7 +173,7 @@ class Plan:
         verify: bool = False,
         dump: str | os.PathLike[str] | None = None,
     ) -> fx.GraphModule:
-        """A new ``GraphModule`` with the chosen sites replaced (see :meth:`choose`); the plan and the model stay as they are.
+        """A new ``GraphModule`` with the chosen sites replaced (see :meth:`choose`). Plan and model stay as they are.
 
         Args:
             model: where the plan was loaded from a file, the model to rewrite. Its graph and weights must be those
@@ -247,7 +211,7 @@ class Plan:
             if self.graph is None:
                 raise PlanError("this plan was loaded from a file: pass the model too, plan.apply(..., model=model)")
             return copy.deepcopy(self.graph)
-        gm = capture(model, *self._example_inputs())
+        gm = capture(model, *self._example_inputs(), dynamic_size=self.fingerprint.options.get("dynamic_size") is True)
         scans = {node.meta[SITE] for _, node in scan_nodes(gm)}
         missing = [s.name for s in self.sites if s.name not in scans]
         if missing:
@@ -261,8 +225,7 @@ class Plan:
     def _example_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs = [], {}
         for item in self.inputs:
-            dtype = getattr(torch, item["dtype"])
-            example = torch.zeros(item["shape"], dtype=dtype)
+            example = item["value"] if "value" in item else torch.zeros(item["shape"], dtype=_dtype(item["dtype"]))
             if isinstance(item["key"], int):
                 args.append(example)
             else:
@@ -323,8 +286,8 @@ class Plan:
             if len(values) not in (0, len(sites)):
                 raise ValueError(f"{len(values)} {name} for {len(sites)} sites")
         base = d["base"]
-        if (base is None) != (not scores) or (base is not None and not isinstance(base, (int, float))):
-            raise ValueError("base is missing or not a number")
+        if (base is None) != (not scores) or (base is not None and not _is_number(base)):
+            raise ValueError("base is missing or not a finite number")
         check_mean(_typed(d, "mean", str))
         inputs = _typed(d, "inputs", list)
         _check_inputs(inputs)
@@ -344,9 +307,13 @@ def _typed(d: dict[str, Any], key: str, kind: type) -> Any:
     return d[key]
 
 
+def _is_number(v: Any) -> bool:
+    return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+
+
 def _numbers(d: dict[str, Any], key: str) -> list[float]:
     values = _typed(d, key, list)
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values):
+    if not all(map(_is_number, values)):
         raise ValueError(f"{key} holds something that is not a finite number")
     return [float(v) for v in values]
 
@@ -369,17 +336,25 @@ def _site(d: Any) -> Site:
     return Site(**d)
 
 
+_MAX_ELEMENTS = 2**28  # of all example inputs together: reading a plan must not allocate without bound
+
+
 def _check_inputs(inputs: list[Any]) -> None:
-    limit = 2**31  # elements of one example input; a plan must not make the reader allocate without bound
+    elements = 0
     for item in inputs:
-        ok = (
-            isinstance(item, dict)
-            and set(item) == {"key", "shape", "dtype"}
-            and isinstance(item["key"], (int, str))
-            and isinstance(item["shape"], list)
-            and all(isinstance(s, int) and s >= 0 for s in item["shape"])
-            and math.prod(item["shape"]) < limit
-            and isinstance(getattr(torch, str(item["dtype"]), None), torch.dtype)
-        )
-        if not ok:
+        if not isinstance(item, dict) or not isinstance(item.get("key"), (int, str)):
             raise ValueError(f"an input described as {str(item)[:80]}")
+        if set(item) == {"key", "value"} and not isinstance(item["value"], (list, dict)):
+            continue
+        shape = item.get("shape")
+        whole = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+        if set(item) != {"key", "shape", "dtype"} or not whole or _dtype(item["dtype"]) is None:
+            raise ValueError(f"an input described as {str(item)[:80]}")
+        elements += math.prod(shape)
+    if elements > _MAX_ELEMENTS:
+        raise ValueError(f"example inputs of {elements} elements")
+
+
+def _dtype(name: Any) -> torch.dtype | None:
+    found = getattr(torch, name, None) if isinstance(name, str) else None
+    return found if isinstance(found, torch.dtype) else None

@@ -140,6 +140,14 @@ def find_spec(fn: object, parameters: tuple[str, ...]) -> ScanSpec | None:
     return None
 
 
+def is_scan(target: object) -> bool:
+    """Whether a callable, a function or the ``apply`` of an ``autograd.Function``, belongs to a registered family."""
+    owner = getattr(target, "__self__", None)
+    target = owner if isinstance(owner, type) else target
+    fn = getattr(target, "forward", target) if isinstance(target, type) else target
+    return callable(fn) and find_spec(target, parameter_names(fn)) is not None
+
+
 def looks_like_scan(parameters: tuple[str, ...]) -> bool:
     """True for a signature that starts like a selective scan but that no registered family explains."""
     return parameters[:3] == ("u", "delta", "A") and "B" in parameters

@@ -103,9 +103,10 @@ def find_sites(gm: fx.GraphModule, *, probe: bool = True) -> SiteList:
         sites.append(_describe(name, node, inside))
     if not sites:
         detail = "; ".join(f"{name}: {why}" for name, why in refused)
+        hint = f". This looks like one: {'; '.join(info.lookalikes)}" if info.lookalikes else ""
         raise NoSitesError(
-            "the model has no selective scan to rewrite" + (f" ({detail})" if detail else "")
-            + ". If it has one under a signature of its own, see vmeanba_fx.register_scan"
+            "the model has no selective scan to rewrite" + (f" ({detail})" if detail else "") + hint
+            + ". Teach vmeanba_fx a signature that it does not know with vmeanba_fx.register_scan"
         )  # fmt: skip
     if probe:
         _probe(gm, sites)

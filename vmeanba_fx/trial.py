@@ -30,13 +30,13 @@ def case_of(arguments: Mapping[str, Any]) -> tuple[object, ...]:
 
 def disagreement(
     original: Callable[..., Any], bound: inspect.BoundArguments, ours: Callable[[Mapping[str, Any]], Any]
-) -> str:
-    """Why ``original(*bound)`` is not what ``ours(arguments)`` computes; empty where it is, or cannot be run here.
+) -> str | None:
+    """Why ``original(*bound)`` is not what ``ours(arguments)`` computes; empty where it is, None where it does not run.
 
     Both get the first steps of the call with some noise added (zeros would hide every difference).
     """
     if any(type(t) not in (Tensor, nn.Parameter) for t in _tensors(bound.arguments)):
-        return ""  # fake tensors: this call is being traced
+        return ""  # fake tensors: the call is being traced, its kind was tried in the warm-up
     for length in (_STEPS, None):
         given = _first_steps(bound, length)
         try:
@@ -48,7 +48,7 @@ def disagreement(
         except (RuntimeError, ValueError, TypeError) as error:
             return f"its arguments do not fit: {error}"
         return _difference(expected, found)
-    return ""
+    return None
 
 
 def _tensors(tree: Any) -> list[Tensor]:

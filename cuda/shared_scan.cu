@@ -1,0 +1,556 @@
+// One-channel and rank-r scans: R channels share one step dt and one decay, in K directions over an H x W map.
+//
+//     dt = softplus?(delta + delta_bias);  h_t = exp(dt A) h_{t-1} + dt B u_r;  y_r = <C, h>
+//
+// or, with LINEAR, after discretisation: h_t = a_t h_{t-1} + b_{t,r}. Every array lies in spatial order and every direction walks
+// over it in its own order (see vmeanba_fx/ops/directions.py, or an index table); y goes back to spatial order.
+//
+// There are few scans (batch x K), so a whole block works on one batch item. A team of TEAM_THREADS threads takes one direction
+// at a time, each thread ITEMS consecutive steps of a tile of at most TILE steps. All of a tile's inputs go through shared memory:
+// cp.async fetches them in spatial order, coalesced and STAGES steps ahead (one step: one direction, tile and state); threads
+// read them in scan order. Rows of 8 map lines are skewed by 8 elements there, which spreads a column over the banks.
+// One barrier per step: before it a thread has scanned its own ITEMS from a zero state, after it the state that enters is known
+// and its share, C_t * (a_1 ... a_t) * h_in, is added.
+//
+// With MERGE y is summed over directions in shared memory, each team in its own buffer, and teams are added in a fixed order:
+// deterministic. Without it a block works on one direction (and NSTATE of the states) and writes each tile as it comes.
+//
+// Index arithmetic would cost more than the scan itself: with BAKED the sizes are constants (HEIGHT, WIDTH, GROUPS, ROWS_TILE,
+// COLUMNS_TILE, SKEW, SUM_CAP, DIRECTIONS), otherwise they are read from Params.
+//
+// Macros: BAKED; U_TYPE, DELTA_TYPE, B_TYPE, C_TYPE, OUT_TYPE (LINEAR: DELTA_TYPE is a, B_TYPE is b, U_TYPE unused); LINEAR; NSTATE
+// states per block; RANK channels per block; TEAM_THREADS, TEAMS, ITEMS (8 or 16), STAGES (>= 2); CAP: elements of a tile with
+// its skew; COPY: bytes per cp.async, 0 for any strides; SOFTPLUS; MERGE; TABLE: order given as an index table.
+#include "common.cuh"
+
+struct Params {
+    int64 u, delta, A, B, C, delta_bias, out, table;
+    int64 directions, groups, states, parts, rank, height, width, rows_tile, columns_tile, skew, sum_cap;
+    int64 u_b, u_k, u_r, u_h, u_w, delta_b, delta_k, delta_n, delta_h, delta_w;
+    int64 B_b, B_k, B_r, B_n, B_h, B_w, C_b, C_k, C_n, C_h, C_w;
+};
+
+#if BAKED
+#define SIZE(constant, field) (constant)
+#else
+#define SIZE(constant, field) ((int)p.field)
+#endif
+#define HEIGHT_OF SIZE(HEIGHT, height)
+#define WIDTH_OF SIZE(WIDTH, width)
+#define LENGTH_OF (HEIGHT_OF * WIDTH_OF)
+#define GROUPS_OF SIZE(GROUPS, groups)
+#define ROWS_OF SIZE(ROWS_TILE, rows_tile)
+#define COLUMNS_OF SIZE(COLUMNS_TILE, columns_tile)
+#define SKEW_OF SIZE(SKEW, skew)
+// Which ways of reading a tile can occur: kinds of `Steps`.
+#define LINES 0
+#define COLUMNS 1
+#define SCATTERED 2
+#if BAKED
+#define MAYBE_COLUMNS (!TABLE && (DIRECTIONS & 0x1111111111111111ull) != 0)
+#define MAYBE_SCATTERED                                                                                              \
+    (TABLE || (DIRECTIONS & 0x4444444444444444ull) != 0 || (MAYBE_COLUMNS && HEIGHT % 8 != 0) ||                     \
+     ((DIRECTIONS & 0x2222222222222222ull) != 0 && HEIGHT * WIDTH % 8 != 0))
+#else
+#define MAYBE_COLUMNS 1
+#define MAYBE_SCATTERED 1
+#endif
+#define ONE_TILE (ROWS_OF >= LENGTH_OF && COLUMNS_OF >= WIDTH_OF)
+#define TEAM_WARPS (TEAM_THREADS / 32)
+#define FULL 0xffffffffu
+#if LINEAR
+#define FRONT_SLOTS 0
+#define FRONT_BYTES 0
+#define STAGE_BYTES (CAP * (Element<DELTA_TYPE>::bytes + RANK * Element<B_TYPE>::bytes + Element<C_TYPE>::bytes))
+#else
+#define FRONT_SLOTS ((STAGES + NSTATE - 1) / NSTATE)
+#define FRONT_BYTES (CAP * (Element<DELTA_TYPE>::bytes + RANK * Element<U_TYPE>::bytes))
+#define STAGE_BYTES (CAP * (Element<B_TYPE>::bytes + Element<C_TYPE>::bytes))
+#endif
+
+__device__ __forceinline__ void team_barrier(int team) {
+    if (TEAMS == 1) __syncthreads();
+    else asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(TEAM_THREADS) : "memory");
+}
+
+__device__ __forceinline__ void commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+template <int PENDING> __device__ __forceinline__ void wait() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
+template <int BYTES> __device__ __forceinline__ void copy(void *to, const void *from) {
+#if __CUDA_ARCH__ >= 800
+    const uint_t address = (uint_t)__cvta_generic_to_shared(to);
+    if (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+    else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(BYTES) : "memory");
+#else
+#pragma unroll
+    for (int i = 0; i < BYTES / 4; ++i) ((uint_t *)to)[i] = ((const uint_t *)from)[i];
+#endif
+}
+
+// Which positions of the map a tile holds. Along rows: a flat range from `origin`; along columns: all rows of some columns.
+struct Tile {
+    int count;   // positions
+    int origin;  // flat position of the first
+    int line;    // elements of one line of the tile; lines are a map's width apart in the map
+    bool flat;   // lines follow each other in the map too
+
+    // Where the tile's q-th position is in shared memory, and in the map.
+    __device__ __forceinline__ int index(int q, int skew) const { return q + skew * (int)((uint_t)q / (8u * (uint_t)line)); }
+    __device__ __forceinline__ int position(int q, int width) const {
+        return flat ? origin + q : origin + (int)((uint_t)q / (uint_t)line) * (width - line) + q;
+    }
+};
+
+__device__ __forceinline__ Tile tile_at(const Params &p, int code, int tile) {
+    const int length = LENGTH_OF, width = WIDTH_OF, height = HEIGHT_OF;
+    if (ONE_TILE) return {length, 0, width, true};
+    Tile r;
+    if (code & 1) {
+        const int first = tile * COLUMNS_OF;
+        const int columns = width % COLUMNS_OF == 0 ? COLUMNS_OF : min(COLUMNS_OF, width - first);
+        r.line = columns;
+        r.count = columns * height;
+        r.origin = code & 2 ? width - first - columns : first;
+        r.flat = columns == width;
+    } else {
+        const int first = tile * ROWS_OF;
+        r.line = width;
+        r.count = min(ROWS_OF, length - first);
+        r.origin = code & 2 ? length - first - r.count : first;
+        r.flat = true;
+    }
+    return r;
+}
+
+// Copies a tile of one array into shared memory. `from` is the array's first map element.
+template <int CODE>
+__device__ __forceinline__ void fetch(char *to, int64 from, int64 stride_h, int64 stride_w, const Tile &tile, const Params &p,
+                                      int thread) {
+    typedef typename Element<CODE>::type type;
+    const int skew = SKEW_OF, width = WIDTH_OF;
+#if COPY
+    const int pack = COPY / Element<CODE>::bytes;
+#pragma unroll
+    for (int i = 0; i < ITEMS / pack; ++i) {
+        const int q = (i * TEAM_THREADS + thread) * pack;
+        if (q < tile.count) copy<COPY>((type *)to + tile.index(q, skew), (const type *)from + tile.position(q, width));
+    }
+#else
+#pragma unroll 1
+    for (int q = thread; q < tile.count; q += TEAM_THREADS) {
+        const int position = tile.position(q, width), h = position / width, w = position - h * width;
+        ((type *)to)[tile.index(q, skew)] = ((const type *)from)[h * stride_h + w * stride_w];
+    }
+#endif
+}
+
+// A thread's ITEMS steps of a tile. Where 8 steps are 8 neighbours of a line or of a column (`kind`), one index says where they
+// are, and reversed directions keep them in ascending order and scan the thread's items downwards. Registers then hold items in
+// the order of memory, and addresses are one register plus constants.
+struct Steps {
+    int block[ITEMS / 8];  // LINES, COLUMNS: index of the first of 8
+    int index[ITEMS];      // SCATTERED: index of each step
+    int kind, line;
+    bool down;
+
+    // `at`: the tile's arrays; `offset`: where in them this one is, in bytes.
+    template <int CODE> __device__ __forceinline__ void read(float *v, const char *at, int offset) const {
+        typedef typename Element<CODE>::type type;
+        const int bytes = Element<CODE>::bytes;
+        if (MAYBE_SCATTERED && kind == SCATTERED) {
+#pragma unroll
+            for (int i = 0; i < ITEMS; ++i) v[i] = Element<CODE>::load((const type *)(at + index[i] * bytes + offset));
+        } else if (MAYBE_COLUMNS && kind == COLUMNS) {
+#pragma unroll
+            for (int i = 0; i < ITEMS; ++i)
+                v[i] = Element<CODE>::load((const type *)(at + block[i / 8] * bytes + (offset + i % 8 * line * bytes)));
+        } else {
+#pragma unroll
+            for (int s = 0; s < ITEMS; s += 8) {
+                Pack<CODE, 8> pack;
+                pack.load(at + block[s / 8] * bytes + offset);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) v[s + i] = pack.get(i);
+            }
+        }
+    }
+
+    // Whether item i of this thread lies within the tile.
+    __device__ __forceinline__ bool has(int i, int thread, int count) const {
+        return thread * ITEMS + (down ? ITEMS - 1 - i : i) < count;
+    }
+};
+
+__device__ __forceinline__ void find_steps(Steps &steps, const Params &p, const Tile &tile, int code, int k, int thread) {
+    const int skew = SKEW_OF, height = HEIGHT_OF, width = WIDTH_OF;
+    const bool scattered = TABLE || code & 4 || (code & 1 ? height % 8 : code & 2 ? LENGTH_OF % 8 : 0);
+    steps.kind = scattered ? SCATTERED : code & 1 ? COLUMNS : LINES;
+    steps.down = !scattered && code & 2;
+    steps.line = tile.line;
+    if (!MAYBE_SCATTERED || !scattered) {
+#pragma unroll
+        for (int s = 0; s < ITEMS / 8; ++s) {
+            // Blocks past the end read the last block, or the first: something readable that nothing depends on.
+            const int last = (tile.count - 1) / 8 * 8;
+            int q = steps.down ? max(tile.count - (thread + 1) * ITEMS + 8 * s, 0) : min(thread * ITEMS + 8 * s, last);
+            if (MAYBE_COLUMNS && code & 1) {
+                const int w = (int)((uint_t)q / (uint_t)height);
+                q = (q - w * height) * tile.line + w;
+            }
+            steps.block[s] = tile.index(q, skew);
+        }
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) {
+        const int step = min(thread * ITEMS + i, tile.count - 1);
+        int q = code & 2 ? tile.count - 1 - step : step;
+#if TABLE
+        q = ((const int *)p.table)[(int64)k * tile.count + step];
+#else
+        if (code & 1) {
+            const int w = (int)((uint_t)q / (uint_t)height), h = q - w * height;
+            q = (code & 4 ? height - 1 - h : h) * tile.line + w;
+        } else if (code & 4) {
+            const int h = (int)((uint_t)q / (uint_t)width), w = q - h * width;
+            q = h * width + width - 1 - w;
+        }
+#endif
+        steps.index[i] = tile.index(q, skew);
+    }
+}
+
+// The thread's own steps from a zero state: y gets its share, h is the state it leaves. `reach` comes as C and leaves as what a
+// state that enters adds to y: C times the product of decays so far.
+template <bool DOWN>
+__device__ __forceinline__ void scan_own(float (&y)[RANK][ITEMS], float (&h)[RANK], float &product, float (&reach)[ITEMS],
+                                         const float (&a)[ITEMS], const float (&in)[RANK][ITEMS]) {
+    product = 1.f;
+#pragma unroll
+    for (int r = 0; r < RANK; ++r) h[r] = 0.f;
+#pragma unroll
+    for (int j = 0; j < ITEMS; ++j) {
+        const int i = DOWN ? ITEMS - 1 - j : j;
+#pragma unroll
+        for (int r = 0; r < RANK; ++r) {
+            h[r] = fmaf(a[i], h[r], in[r][i]);
+            y[r][i] = fmaf(reach[i], h[r], y[r][i]);
+        }
+        product *= a[i];
+        reach[i] *= product;
+    }
+}
+
+__device__ __forceinline__ void put(float *to, float value, bool add) { *to = add ? *to + value : value; }
+
+struct Cursor {
+    int k, tile, n, step, front;
+
+    __device__ __forceinline__ int code(const Params &p) const {
+#if TABLE
+        return 0;
+#elif BAKED
+        return (int)(DIRECTIONS >> (4 * min(k, 15))) & 7;
+#else
+        return (int)(p.directions >> (4 * min(k, 15))) & 7;
+#endif
+    }
+    __device__ __forceinline__ int tiles(const Params &p) const {
+        if (ONE_TILE) return 1;
+        return code(p) & 1 ? (WIDTH_OF + COLUMNS_OF - 1) / COLUMNS_OF : (LENGTH_OF + ROWS_OF - 1) / ROWS_OF;
+    }
+    __device__ __forceinline__ void advance(const Params &p, int k_step) {
+        ++step;
+        if (++n < NSTATE) return;
+        n = 0;
+        ++front;
+        if (++tile < tiles(p)) return;
+        tile = 0;
+        k += k_step;
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(TEAM_THREADS *TEAMS) shared_scan(const __grid_constant__ Params p) {
+    extern __shared__ __align__(16) char shared[];
+    __shared__ float aggregate[TEAMS][2][TEAM_WARPS][RANK + 1];
+    __shared__ float carry[TEAMS][2][NSTATE][RANK];
+    const int team = threadIdx.x / TEAM_THREADS, thread = threadIdx.x % TEAM_THREADS;
+    const int lane = thread % 32, warp = thread / 32;
+    const int b = blockIdx.x, r0 = blockIdx.y * RANK, rank = min(RANK, (int)p.rank - r0);
+    const int length = LENGTH_OF, width = WIDTH_OF, skew = SKEW_OF;
+#if MERGE
+    const int n0 = 0, k_first = team, k_step = TEAMS, k_end = GROUPS_OF;
+#else
+    const int n0 = (blockIdx.z % (int)p.parts) * NSTATE, k_first = blockIdx.z / (int)p.parts;
+    const int k_step = GROUPS_OF, k_end = k_first + 1;
+#endif
+    float *decays = (float *)(shared + TEAMS * (STAGES * STAGE_BYTES + FRONT_SLOTS * FRONT_BYTES) + TEAMS * RANK * SIZE(SUM_CAP, sum_cap) * 4);
+    const int k_base = MERGE ? 0 : k_first;
+    char *stages = shared + team * (STAGES * STAGE_BYTES + FRONT_SLOTS * FRONT_BYTES);
+    char *fronts = stages + STAGES * STAGE_BYTES;
+    const int sum_cap = SIZE(SUM_CAP, sum_cap);
+    float *sums = (float *)(shared + TEAMS * (STAGES * STAGE_BYTES + FRONT_SLOTS * FRONT_BYTES)) + team * RANK * sum_cap;
+
+    Cursor now = {k_first, 0, 0, 0, 0};
+    Cursor ahead = now;
+
+    auto issue = [&]() {
+        if (ahead.k < k_end) {
+            const Tile tile = tile_at(p, ahead.code(p), ahead.tile);
+            const int64 k = ahead.k, n = n0 + ahead.n;
+            char *to = stages + ahead.step % STAGES * STAGE_BYTES;
+#if LINEAR
+            fetch<DELTA_TYPE>(to, p.delta + (b * p.delta_b + k * p.delta_k + n * p.delta_n) * Element<DELTA_TYPE>::bytes,
+                              p.delta_h, p.delta_w, tile, p, thread);
+            to += CAP * Element<DELTA_TYPE>::bytes;
+#pragma unroll
+            for (int r = 0; r < RANK; ++r) {
+                const int64 from = b * p.B_b + k * p.B_k + min(r0 + r, (int)p.rank - 1) * p.B_r + n * p.B_n;
+                fetch<B_TYPE>(to, p.B + from * Element<B_TYPE>::bytes, p.B_h, p.B_w, tile, p, thread);
+                to += CAP * Element<B_TYPE>::bytes;
+            }
+#else
+            fetch<B_TYPE>(to, p.B + (b * p.B_b + k * p.B_k + n * p.B_n) * Element<B_TYPE>::bytes, p.B_h, p.B_w, tile, p, thread);
+            to += CAP * Element<B_TYPE>::bytes;
+#endif
+            fetch<C_TYPE>(to, p.C + (b * p.C_b + k * p.C_k + n * p.C_n) * Element<C_TYPE>::bytes, p.C_h, p.C_w, tile, p, thread);
+#if !LINEAR
+            if (ahead.n == 0) {
+                to = fronts + ahead.front % FRONT_SLOTS * FRONT_BYTES;
+                fetch<DELTA_TYPE>(to, p.delta + (b * p.delta_b + k * p.delta_k) * Element<DELTA_TYPE>::bytes, p.delta_h,
+                                  p.delta_w, tile, p, thread);
+                to += CAP * Element<DELTA_TYPE>::bytes;
+#pragma unroll
+                for (int r = 0; r < RANK; ++r) {
+                    const int64 from = b * p.u_b + k * p.u_k + min(r0 + r, (int)p.rank - 1) * p.u_r;
+                    fetch<U_TYPE>(to, p.u + from * Element<U_TYPE>::bytes, p.u_h, p.u_w, tile, p, thread);
+                    to += CAP * Element<U_TYPE>::bytes;
+                }
+            }
+#endif
+            ahead.advance(p, k_step);
+        }
+        commit();
+    };
+
+#pragma unroll
+    for (int s = 0; s < STAGES; ++s) issue();
+#if !LINEAR
+    // A in base 2 and the bias, per direction of this block: loads that every step would wait for.
+#pragma unroll 1
+    for (int i = threadIdx.x; i < (MERGE ? GROUPS_OF : 1) * (NSTATE + 1); i += TEAM_THREADS * TEAMS) {
+        const int k = k_base + i / (NSTATE + 1), n = i % (NSTATE + 1);
+        if (n < NSTATE) decays[i] = ((const float *)p.A)[k * p.states + n0 + n] * LOG2E;
+        else decays[i] = p.delta_bias ? ((const float *)p.delta_bias)[k] : 0.f;
+    }
+#endif
+    wait<STAGES - 1>();
+    __syncthreads();
+
+    Steps steps;
+    int count = 0;
+    float y[RANK][ITEMS];
+#if !LINEAR
+    float dt[ITEMS], dtu[RANK][ITEMS];
+#endif
+#pragma unroll 1
+    while (now.k < k_end) {
+        if (now.n == 0) {
+            const Tile tile = tile_at(p, now.code(p), now.tile);
+            count = tile.count;
+            find_steps(steps, p, tile, now.code(p), now.k, thread);
+#pragma unroll
+            for (int r = 0; r < RANK; ++r)
+#pragma unroll
+                for (int i = 0; i < ITEMS; ++i) y[r][i] = 0.f;
+#if !LINEAR
+            const char *front = fronts + now.front % FRONT_SLOTS * FRONT_BYTES;
+            const float bias = decays[(now.k - k_base) * (NSTATE + 1) + NSTATE];
+            steps.read<DELTA_TYPE>(dt, front, 0);
+#pragma unroll
+            for (int i = 0; i < ITEMS; ++i) {
+                dt[i] += bias;
+#if SOFTPLUS
+                dt[i] = softplus(dt[i]);
+#endif
+                // A step past the end of a tile is the identity: dt = 0 gives decay 1 and input 0. (Past the end of the map it
+                // may be anything.)
+                if (!ONE_TILE) dt[i] = steps.has(i, thread, count) ? dt[i] : 0.f;
+            }
+#pragma unroll
+            for (int r = 0; r < RANK; ++r) {
+                steps.read<U_TYPE>(dtu[r], front, CAP * (Element<DELTA_TYPE>::bytes + r * Element<U_TYPE>::bytes));
+#pragma unroll
+                for (int i = 0; i < ITEMS; ++i) dtu[r][i] *= dt[i];
+            }
+#endif
+        }
+
+        const char *stage = stages + now.step % STAGES * STAGE_BYTES;
+        float a[ITEMS], reach[ITEMS], in[RANK][ITEMS], h[RANK], product;
+#if LINEAR
+        steps.read<DELTA_TYPE>(a, stage, 0);
+        steps.read<C_TYPE>(reach, stage, CAP * (Element<DELTA_TYPE>::bytes + RANK * Element<B_TYPE>::bytes));
+#pragma unroll
+        for (int r = 0; r < RANK; ++r)
+            steps.read<B_TYPE>(in[r], stage, CAP * (Element<DELTA_TYPE>::bytes + r * Element<B_TYPE>::bytes));
+        if (!ONE_TILE) {
+#pragma unroll
+            for (int i = 0; i < ITEMS; ++i) {
+                const bool has = steps.has(i, thread, count);
+                a[i] = has ? a[i] : 1.f;
+#pragma unroll
+                for (int r = 0; r < RANK; ++r) in[r][i] = has ? in[r][i] : 0.f;
+            }
+        }
+#else
+        const float decay = decays[(now.k - k_base) * (NSTATE + 1) + now.n];
+        float b_row[ITEMS];
+        steps.read<B_TYPE>(b_row, stage, 0);
+        steps.read<C_TYPE>(reach, stage, CAP * Element<B_TYPE>::bytes);
+#pragma unroll
+        for (int i = 0; i < ITEMS; ++i) {
+            a[i] = exp2_fast(dt[i] * decay);
+#pragma unroll
+            for (int r = 0; r < RANK; ++r) in[r][i] = dtu[r][i] * b_row[i];
+        }
+#endif
+        if (steps.down) scan_own<true>(y, h, product, reach, a, in);
+        else scan_own<false>(y, h, product, reach, a, in);
+
+#pragma unroll
+        for (int o = 1; o < 32; o *= 2) {
+            const float before = __shfl_up_sync(FULL, product, o);
+#pragma unroll
+            for (int r = 0; r < RANK; ++r) {
+                const float h_before = __shfl_up_sync(FULL, h[r], o);
+                if (lane >= o) h[r] = fmaf(product, h_before, h[r]);
+            }
+            if (lane >= o) product *= before;
+        }
+        float *own = aggregate[team][now.step & 1][warp];
+        if (lane == 31) {
+            own[RANK] = product;
+#pragma unroll
+            for (int r = 0; r < RANK; ++r) own[r] = h[r];
+        }
+        float entering = __shfl_up_sync(FULL, product, 1);  // what an entering state is multiplied with before this thread
+        if (lane == 0) entering = 1.f;
+        wait<STAGES - 2>();
+        team_barrier(team);  // aggregates are there, the next stage has arrived, this stage has been read
+        issue();
+
+        // The state before this warp: scan the aggregates of all warps, start from the last tile's carry.
+        const int w = min(lane, TEAM_WARPS - 1);
+        float warp_product = aggregate[team][now.step & 1][w][RANK], warp_h[RANK];
+#pragma unroll
+        for (int r = 0; r < RANK; ++r) warp_h[r] = aggregate[team][now.step & 1][w][r];
+#pragma unroll
+        for (int o = 1; o < TEAM_WARPS; o *= 2) {
+            const float before = __shfl_up_sync(FULL, warp_product, o);
+#pragma unroll
+            for (int r = 0; r < RANK; ++r) {
+                const float h_before = __shfl_up_sync(FULL, warp_h[r], o);
+                if (lane >= o) warp_h[r] = fmaf(warp_product, h_before, warp_h[r]);
+            }
+            if (lane >= o) warp_product *= before;
+        }
+        float before_warp = __shfl_sync(FULL, warp_product, max(warp - 1, 0));
+        if (warp == 0) before_warp = 1.f;
+#pragma unroll
+        for (int r = 0; r < RANK; ++r) {
+            const float carried = !ONE_TILE && now.tile ? carry[team][now.tile & 1][now.n][r] : 0.f;
+            float state = __shfl_sync(FULL, warp_h[r], max(warp - 1, 0));
+            if (warp == 0) state = 0.f;
+            state = fmaf(before_warp, carried, state);
+            float own_h = __shfl_up_sync(FULL, h[r], 1);
+            if (lane == 0) own_h = 0.f;
+            state = fmaf(entering, state, own_h);
+            if (!ONE_TILE && now.tile + 1 < now.tiles(p) && warp == 0 && lane == TEAM_WARPS - 1)
+                carry[team][(now.tile + 1) & 1][now.n][r] = fmaf(warp_product, carried, warp_h[r]);
+#pragma unroll
+            for (int i = 0; i < ITEMS; ++i) y[r][i] = fmaf(reach[i], state, y[r][i]);
+        }
+
+        if (now.n == NSTATE - 1) {
+            // y to its place in spatial order. Sums of the whole map have the map's skew, those of one tile the tile's.
+            const Tile tile = tile_at(p, now.code(p), now.tile);
+            auto place = [&](int index) {
+                if (!MERGE || ONE_TILE) return index;
+                const int at = tile.position(index - index / (8 * tile.line + skew) * skew, width);
+                return at + skew * (int)((uint_t)at / (8u * (uint_t)width));
+            };
+            const int line = !MERGE || ONE_TILE ? tile.line : width;
+            const bool add = MERGE && now.k != k_first;
+#pragma unroll
+            for (int r = 0; r < RANK; ++r) {
+                float *sum = sums + r * sum_cap;
+                if (MAYBE_SCATTERED && steps.kind == SCATTERED) {
+#pragma unroll
+                    for (int i = 0; i < ITEMS; ++i) {
+                        if (steps.has(i, thread, count)) put(sum + place(steps.index[i]), y[r][i], add);
+                    }
+                } else {
+#pragma unroll
+                    for (int s = 0; s < ITEMS; s += 8) {
+                        float *to = sum + place(steps.block[s / 8]);
+                        if (!steps.has(s, thread, count)) continue;  // in reverse, blocks are whole: sizes are multiples of 8
+                        if (MAYBE_COLUMNS && steps.kind == COLUMNS) {
+#pragma unroll
+                            for (int i = 0; i < 8; ++i) put(to + i * line, y[r][s + i], add);
+                        } else if (steps.has(s + 7, thread, count)) {
+                            float v[8];
+                            Pack<0, 8> pack;
+                            if (add) pack.load(to);
+                            else pack.zero();
+#pragma unroll
+                            for (int i = 0; i < 8; ++i) v[i] = pack.get(i) + y[r][s + i];
+                            pack.set(v);
+                            pack.store(to);
+                        } else {
+#pragma unroll
+                            for (int i = 0; i < 8; ++i) {
+                                if (steps.has(s + i, thread, count)) put(to + i, y[r][s + i], add);
+                            }
+                        }
+                    }
+                }
+            }
+#if !MERGE
+            team_barrier(team);
+            typedef Element<OUT_TYPE>::type out_type;
+            for (int r = 0; r < rank; ++r) {
+                out_type *out = (out_type *)p.out + (((int64)b * gridDim.z + blockIdx.z) * p.rank + r0 + r) * length;
+                for (int q = thread; q < tile.count; q += TEAM_THREADS)
+                    Element<OUT_TYPE>::store(out + tile.position(q, width), sums[r * sum_cap + tile.index(q, skew)]);
+            }
+#endif
+        }
+        // Before another thread adds to these sums lies the barrier of the next step.
+        now.advance(p, k_step);
+    }
+#if MERGE
+    __syncthreads();
+    typedef Element<OUT_TYPE>::type out_type;
+    const int teams = min(TEAMS, GROUPS_OF);
+    const float *all = (const float *)(shared + TEAMS * (STAGES * STAGE_BYTES + FRONT_SLOTS * FRONT_BYTES));
+    for (int r = 0; r < rank; ++r) {
+        out_type *out = (out_type *)p.out + ((int64)b * p.rank + r0 + r) * length;
+        for (int q = threadIdx.x; q < length; q += TEAM_THREADS * TEAMS) {
+            const int place = q + skew * (int)((uint_t)q / (8u * (uint_t)width));
+            float total = 0.f;
+            for (int other = 0; other < teams; ++other) total += all[(other * RANK + r) * sum_cap + place];
+            Element<OUT_TYPE>::store(out + q, total);
+        }
+    }
+#endif
+}

@@ -1,0 +1,424 @@
+// The core of an SS2D block in one launch: out = sum over directions k of unscan_k(scan_k(x)) + D*x.
+//
+//     dt = softplus?(weight_k r + bias);  h_t = exp(dt A) h_{t-1} + dt B x;  y_t = <C, h_t>
+//
+// x, out (B, D, H, W); feats (B, K, R + 2N, H, W): r, B, C of every position and direction; weight (K, D, R); A (K*D, N).
+//
+// A team owns 8 channels of one batch item for all K directions. It copies their x to shared memory and adds
+// up y there in float, so that the K orders of reading and the merge cost no device memory traffic. A warp works on tiles of
+// 8 * SEG steps: lane = 4 * segment + pair holds SEG consecutive steps of 2 channels. That is the layout of the result of
+// mma.m16n8k16 (rows: steps, columns: channels), which forms weight_k r, and one more mma with a one-hot matrix gives every
+// lane the B and C of its own steps as floats. Inside a lane the scan is sequential, across the 8 segments it takes three
+// shuffles. Warp w of WARPS takes tiles w, w + WARPS, ..., and the state is handed on from tile to tile through shared
+// memory: it waits only for the state that its predecessor publishes, so the warps drift apart, and the memory phases of some
+// overlap the arithmetic of others. Between directions a warp waits for the others just before it first adds to y.
+//
+// FRONTS = 2: a team has twice WARPS warps, and the second half walks the reverse of the first half's direction meanwhile.
+// They meet in the middle; of the two that come to a tile of the map, the first is always the same one, and the second waits
+// for it. That halves the waits for other warps.
+//
+// Steps are in base 2: dt / ln 2 = log2(1 + 2^(z log2 e)), which saves multiplications; y is scaled by ln 2 at the end.
+//
+// Macros, all integers. Types (0 float, 1 half, 2 bfloat16): X_TYPE, F_TYPE, W_TYPE, A_TYPE, D_TYPE, BIAS_TYPE, OUT_TYPE.
+// RANK, NSTATE, SOFTPLUS. SEG, WARPS, FRONTS, TEAMS (teams in a block), MIN_BLOCKS, RING (a power of 2, at least WARPS + 2).
+// HEIGHT, WIDTH, PITCH, F_STRIDE: known at compile time, or 0 to take them from the arguments. WHOLE: SEG divides H and W, so
+// no segment turns a corner. SPECIAL (with WHOLE): the four directions of walking are compiled apart. STEADY (with WHOLE): tiles and rounds of tiles are
+// whole lines. ORDER: positions come from a table.
+// X_LAYOUT: 0 any strides, 1 unit stride along W, even sizes, aligned to 2 elements, 2 channels last, D a multiple of 8,
+// aligned to 8. OUT_PAIRS: W even. MMA: tensor cores, for half or bfloat16 features with unit stride along channels, R even;
+// FETCH: 4-byte words in a feature load; SPLIT: weights as sums of two F_TYPE values. SPILL: the team's x and y are in device
+// memory (`work`), for maps too large for shared memory.
+#include "common.cuh"
+#include "ss2d_parts.cuh"
+
+// What a warp knows when it starts on a direction.
+struct Site {
+    Stage stage;
+    Links *links;
+    int warp, front, lane, turn, k, first_channel, tiles;  // direction k is that of this front in turn `turn`
+    int64 batch;
+};
+
+// Where the segment's steps lie: `first() + from_first(i)` in the map, `place(i)` in shared memory. Split so that the offset
+// from the first step is a constant of the load instruction where it can be.
+struct Steps {
+#if ORDER || !WHOLE
+    int at_[SEG], place_[SEG];
+    __device__ __forceinline__ int first() const { return 0; }
+    __device__ __forceinline__ int from_first(int i) const { return at_[i]; }
+    __device__ __forceinline__ int place(int i) const { return place_[i]; }
+#else
+    int at_, place_, step_at, step_place;
+    __device__ __forceinline__ int first() const { return at_; }
+    __device__ __forceinline__ int from_first(int i) const { return i * step_at; }
+    __device__ __forceinline__ int place(int i) const { return place_ + i * step_place; }
+#endif
+};
+
+// A direction as an affine map from (line, step in the line).
+struct Walk {
+    bool column;
+    int minor_length, step_p, step_q, line_p, line_q, origin_p, origin_q;
+
+    __device__ __forceinline__ Walk(bool column, bool back, bool mirrored, int height, int width, int pitch) : column(column) {
+        minor_length = column ? height : width;
+        const int lines = column ? width : height;
+        step_p = (column ? width : 1) * (mirrored ? -1 : 1);
+        step_q = (column ? pitch : 1) * (mirrored ? -1 : 1);
+        line_p = (column ? 1 : width) * (back ? -1 : 1);
+        line_q = (column ? 1 : pitch) * (back ? -1 : 1);
+        origin_p = (back ? -(lines - 1) * line_p : 0) + (mirrored ? -(minor_length - 1) * step_p : 0);
+        origin_q = (back ? -(lines - 1) * line_q : 0) + (mirrored ? -(minor_length - 1) * step_q : 0);
+    }
+
+    __device__ __forceinline__ int lines_in(int tiles) const { return tiles * 8 * SEG / minor_length; }
+
+    __device__ __forceinline__ Steps steps(int start, int length, int height, int width) const {
+        Steps s;
+#if WHOLE
+        const int t = min(start, length - SEG), line = column ? t / height : t / width, step = t - line * minor_length;
+        s.at_ = origin_p + line * line_p + step * step_p;
+        s.place_ = origin_q + line * line_q + step * step_q;
+        s.step_at = step_p;
+        s.step_place = step_q;
+#else
+        const int t = min(start, length - 1), line = column ? t / height : t / width;
+        int step = t - line * minor_length;
+        s.at_[0] = origin_p + line * line_p + step * step_p;
+        s.place_[0] = origin_q + line * line_q + step * step_q;
+#pragma unroll
+        for (int i = 1; i < SEG; ++i) {
+            const bool turn = ++step == minor_length, stop = start + i >= length;
+            if (turn) step = 0;
+            s.at_[i] = s.at_[i - 1] + (stop ? 0 : turn ? line_p - (minor_length - 1) * step_p : step_p);
+            s.place_[i] = s.place_[i - 1] + (stop ? 0 : turn ? line_q - (minor_length - 1) * step_q : step_q);
+        }
+#endif
+        return s;
+    }
+};
+
+// One direction; KIND = column + 2 * mirrored at compile time, or -1.
+template <int KIND> __device__ __forceinline__ void scan_direction(const Params &p, const Site &site, int height, int width, int pitch) {
+    const int pair = site.lane & 3, segment = site.lane >> 2, k = site.k, channels = (int)p.channels;
+
+    const int64 f_p = F_STRIDE ? F_STRIDE : p.f_p;
+    const f_type *feats = (const f_type *)p.feats + site.batch * p.f_b + k * p.f_k;
+#if !ORDER
+    const int code = (int)(p.codes >> (4 * k)) & 7;
+    const Walk walk(KIND >= 0 ? KIND & 1 : code & 1, code & 2, KIND >= 0 ? KIND & 2 : ((code >> 2) ^ (code >> 1)) & 1, height, width, pitch);
+#endif
+    const int length = site.stage.length;
+    const x_couple *const x_of_lane = site.stage.x_of(pair);
+    float2 *const y_of_lane = site.stage.y_of(pair);
+    auto steps_of = [&](int tile) {
+        const int start = (tile * 8 + segment) * SEG;
+#if ORDER
+        Steps steps;
+#pragma unroll
+        for (int i = 0; i < SEG; ++i) {
+            const int position = ((const int *)p.order)[(int64)k * length + min(start + i, length - 1)];
+            steps.at_[i] = steps.place_[i] = min(max(position, 0), length - 1);
+        }
+        return steps;
+#else
+        return walk.steps(start, length, height, width);
+#endif
+    };
+#if MMA
+    uint_t words[2 * PAIRS_OF_STEPS][LANE_WORDS];
+    auto fetch = [&](const Steps &steps) {
+        const f_type *record = feats + steps.first() * f_p;
+#pragma unroll
+        for (int i = 0; i < 2 * PAIRS_OF_STEPS; ++i) {
+            if (i < SEG) fetch_words(words[i], record + steps.from_first(i) * f_p, pair);
+            else
+#pragma unroll
+                for (int j = 0; j < LANE_WORDS; ++j) words[i][j] = 0u;
+        }
+    };
+#endif
+
+    Steps next = steps_of(site.warp);
+#if MMA && SMALL
+    fetch(next);
+#endif
+
+    // Channels past the end compute on the last one's parameters and on x = 0, and are not written.
+    const int64 row0 = (int64)k * channels + min(site.first_channel + 2 * pair, channels - 1);
+    const int64 row1 = (int64)k * channels + min(site.first_channel + 2 * pair + 1, channels - 1);
+    float bias[4] = {0.f, 0.f, 0.f, 0.f};
+    if (p.bias) {
+        const Element<BIAS_TYPE>::type *source = (const Element<BIAS_TYPE>::type *)p.bias;
+        bias[0] = bias[2] = Element<BIAS_TYPE>::load(source + row0) * (SCALED ? LOG2E : 1.f);
+        bias[1] = bias[3] = Element<BIAS_TYPE>::load(source + row1) * (SCALED ? LOG2E : 1.f);
+    }
+    const Element<A_TYPE>::type *A0 = (const Element<A_TYPE>::type *)p.A + row0 * NSTATE, *A1 = A0 + (row1 - row0) * NSTATE;
+    float A[2] = {Element<A_TYPE>::load(A0), Element<A_TYPE>::load(A1)};
+    const w_type *weight = (const w_type *)p.weight;
+
+#if MMA
+    // Column `segment` of the right-hand operand: the weights of channel first_channel + segment.
+    const int column_channel = site.first_channel + segment;
+    const w_type *weight_row = column_channel < channels ? weight + ((int64)k * channels + column_channel) * RANK : nullptr;
+    uint_t high[2 * KSTEPS], low[2 * KSTEPS], one_hot[2] = {0u, 0u};
+#pragma unroll
+    for (int j = 0; j < 2 * KSTEPS; ++j) {
+        high[j] = j < LANE_WORDS ? weight_word(weight_row, word_of(j, pair), false) : 0u;
+        low[j] = SCALED && j < LANE_WORDS ? weight_word(weight_row, word_of(j, pair), true) : 0u;
+    }
+    // B is the low half of feature word RANK/2, C the high half: even columns pick B, odd ones C.
+    constexpr int BC = (RANK / 2) / (4 * FETCH) * FETCH + (RANK / 2) % FETCH;
+    if (NSTATE == 1 && word_of(BC, pair) == RANK / 2)
+        one_hot[BC & 1] = (uint_t)Element<F_TYPE>::narrow(1.f) << (segment & 1 ? 16 : 0);
+#else
+    const w_type *w0 = weight + row0 * RANK, *w1 = weight + row1 * RANK;
+#endif
+
+    const uint_t chain = shared_address(site.links->state[site.front][0][0] + 2 * pair);
+#if WARPS == 1 && NSTATE == 1
+    float carry[2] = {0.f, 0.f};
+#endif
+    bool may_add = site.turn == 0 || MEMBERS == 32;
+    for (int tile = site.warp; tile < site.tiles; tile += WARPS) {
+        const int start = (tile * 8 + segment) * SEG;
+        const Steps steps = next;
+        const f_type *record = feats + steps.first() * f_p;
+
+        // ---- z; with one state also its B and C
+        float dt[SEG][2], dx[SEG][2], b_of[SEG], c_of[SEG];
+#if MMA
+#if !SMALL
+        fetch(steps);
+#endif
+#pragma unroll
+        for (int i = 0; i < PAIRS_OF_STEPS; ++i) {
+            const uint_t *even = words[2 * i], *odd = words[2 * i + 1];
+            float z[4], bc[4] = {0.f, 0.f, 0.f, 0.f};
+#if SMALL
+            mma8(z, even[0], odd[0], high[0], bias);
+            mma8(z, even[0], odd[0], low[0], z);
+            if (NSTATE == 1) mma8(bc, even[0], odd[0], one_hot[0], bc);
+#else
+#pragma unroll
+            for (int s = 0; s < KSTEPS; ++s) {
+                const bool full = 2 * s + 1 < LANE_WORDS;
+                const uint_t a[4] = {even[2 * s], odd[2 * s], full ? even[full ? 2 * s + 1 : 0] : 0u, full ? odd[full ? 2 * s + 1 : 0] : 0u};
+                mma16(z, a, high[2 * s], high[2 * s + 1], s == 0 ? bias : z);
+                if (SPLIT) mma16(z, a, low[2 * s], low[2 * s + 1], z);
+                if (NSTATE == 1 && s == BC / 2) mma16(bc, a, one_hot[0], one_hot[1], bc);
+            }
+#endif
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                if (2 * i + half < SEG) {
+                    dt[2 * i + half][0] = z[2 * half];
+                    dt[2 * i + half][1] = z[2 * half + 1];
+                    b_of[2 * i + half] = bc[2 * half];
+                    c_of[2 * i + half] = bc[2 * half + 1];
+                }
+        }
+#else
+#pragma unroll
+        for (int i = 0; i < SEG; ++i) {
+            dt[i][0] = bias[0];
+            dt[i][1] = bias[1];
+        }
+#pragma unroll 4
+        for (int r = 0; r < RANK; ++r) {
+            const float v0 = Element<W_TYPE>::load(w0 + r), v1 = Element<W_TYPE>::load(w1 + r);
+#pragma unroll
+            for (int i = 0; i < SEG; ++i) {
+                const float f = Element<F_TYPE>::load(record + steps.from_first(i) * f_p + r * p.f_r);
+                dt[i][0] = fmaf(v0, f, dt[i][0]);
+                dt[i][1] = fmaf(v1, f, dt[i][1]);
+            }
+        }
+        if (NSTATE == 1) {
+#pragma unroll
+            for (int i = 0; i < SEG; ++i) {
+                b_of[i] = Element<F_TYPE>::load(record + steps.from_first(i) * f_p + RANK * p.f_r);
+                c_of[i] = Element<F_TYPE>::load(record + steps.from_first(i) * f_p + (RANK + 1) * p.f_r);
+            }
+        }
+#endif
+
+        if (tile + WARPS < site.tiles) {
+#if !ORDER && WHOLE
+            if (STEADY) {
+                next.at_ += walk.lines_in(WARPS) * walk.line_p;
+                next.place_ += walk.lines_in(WARPS) * walk.line_q;
+            } else
+#endif
+                next = steps_of(tile + WARPS);
+#if MMA && SMALL
+            fetch(next);  // one word a step: the registers of the words just used, filled a tile ahead
+#endif
+        }
+
+        // ---- dt (in base 2) and dt x
+#pragma unroll
+        for (int i = 0; i < SEG; ++i) {
+            const float2 x = XCouple::widen(x_of_lane[steps.place(i)]);
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const float z = SCALED ? dt[i][c] : dt[i][c] * LOG2E;
+                dt[i][c] = SOFTPLUS ? softplus_log2(z) : z;
+                dx[i][c] = dt[i][c] * (c ? x.y : x.x);
+            }
+        }
+
+        // ---- the scan of every state
+        float y[SEG][2], a[SEG][2], b[SEG][2], h[2];
+        (void)y;
+#pragma unroll 1
+        for (int n = 0; n < NSTATE; ++n) {
+            float decay[2] = {1.f, 1.f}, state[2] = {0.f, 0.f};
+            if (NSTATE > 1) {
+                A[0] = Element<A_TYPE>::load(A0 + n);
+                A[1] = Element<A_TYPE>::load(A1 + n);
+            }
+#pragma unroll
+            for (int i = 0; i < SEG; ++i) {
+                if (NSTATE > 1) {
+                    const f_type *b_and_c = record + steps.from_first(i) * f_p + (RANK + n) * p.f_r;
+                    b_of[i] = Element<F_TYPE>::load(b_and_c);
+                    c_of[i] = Element<F_TYPE>::load(b_and_c + NSTATE * p.f_r);
+                }
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                    a[i][c] = exp2_fast(dt[i][c] * A[c]);
+                    b[i][c] = dx[i][c] * b_of[i];
+                    decay[c] *= a[i][c];
+                    state[c] = fmaf(a[i][c], state[c], b[i][c]);
+                }
+            }
+            float before_decay[2], before[2];
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                take_in_left<4>(decay[c], state[c]);
+                take_in_left<8>(decay[c], state[c]);
+                take_in_left<16>(decay[c], state[c]);
+                before_decay[c] = decay[c];
+                before[c] = state[c];
+                shift_right(before_decay[c], before[c]);
+            }
+#if WARPS > 1 || NSTATE > 1
+            if (segment == 7) {
+                const uint_t tag = (uint_t)(site.turn * site.tiles + tile);  // of the state before this tile
+                h[0] = h[1] = 0.f;
+                if (tile > 0) await_state(chain + (n * RING + (tag & (RING - 1))) * 64, tag, h);
+                if (tile + 1 < site.tiles)
+                    publish(chain + (n * RING + ((tag + 1) & (RING - 1))) * 64, fmaf(decay[0], h[0], state[0]), fmaf(decay[1], h[1], state[1]),
+                            tag + 1);
+            }
+            __syncwarp();
+#pragma unroll
+            for (int c = 0; c < 2; ++c) h[c] = fmaf(before_decay[c], __shfl_sync(0xffffffffu, h[c], 28 + pair), before[c]);
+#else
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                h[c] = fmaf(before_decay[c], carry[c], before[c]);
+                carry[c] = __shfl_sync(0xffffffffu, fmaf(decay[c], carry[c], state[c]), 28 + pair);
+            }
+#endif
+            if (NSTATE > 1) {
+#pragma unroll
+                for (int i = 0; i < SEG; ++i)
+#pragma unroll
+                    for (int c = 0; c < 2; ++c) {
+                        h[c] = fmaf(a[i][c], h[c], b[i][c]);
+                        y[i][c] = fmaf(c_of[i], h[c], n == 0 ? 0.f : y[i][c]);
+                    }
+            }
+        }
+
+        // ---- add to y
+        if (!may_add) await_at_least(&site.links->finished, site.turn * WARPS * FRONTS);
+        may_add = true;
+#if FRONTS == 2
+        uint_t *const visited = &site.links->visited[site.front ? site.tiles - 1 - tile : tile];
+        const bool is_first = site.front ? 2 * tile + 1 < site.tiles : 2 * tile < site.tiles;
+        if (!is_first) await_at_least(visited, site.turn + 1);
+#endif
+#pragma unroll
+        for (int from = 0; from < SEG; from += 7) {
+            float2 sum[7];
+#pragma unroll
+            for (int i = 0; i < 7; ++i)
+                if (from + i < SEG) sum[i] = y_of_lane[steps.place(from + i)];
+#pragma unroll
+            for (int i = 0; i < 7; ++i)
+                if (from + i < SEG) {
+                    const int step = from + i;
+#if NSTATE == 1
+                    h[0] = fmaf(a[step][0], h[0], b[step][0]);
+                    h[1] = fmaf(a[step][1], h[1], b[step][1]);
+                    sum[i].x = fmaf(c_of[step], h[0], sum[i].x);
+                    sum[i].y = fmaf(c_of[step], h[1], sum[i].y);
+#else
+                    sum[i].x += y[step][0];
+                    sum[i].y += y[step][1];
+#endif
+                    if (start + (WHOLE && !ORDER ? 0 : step) < length) y_of_lane[steps.place(step)] = sum[i];
+                }
+        }
+#if FRONTS == 2
+        __syncwarp();
+        if (is_first && site.lane == 0) store_release(visited, site.turn + 1);
+#endif
+    }
+    __syncwarp();
+    if (MEMBERS > 32 && site.lane == 0) add_release(&site.links->finished);
+}
+
+extern "C" __global__ void __launch_bounds__(MEMBERS * TEAMS, MIN_BLOCKS) ss2d(const Params p) {
+    extern __shared__ float4 dynamic_shared[];
+    const int team = threadIdx.x / MEMBERS, member = threadIdx.x - team * MEMBERS;
+    const int channels = (int)p.channels, directions = (int)p.directions;
+    const int height = HEIGHT ? HEIGHT : (int)p.height, width = WIDTH ? WIDTH : (int)p.width, pitch = PITCH ? PITCH : (int)p.pitch;
+    const int groups = (channels + 7) / 8, blocks = (groups + TEAMS - 1) / TEAMS;
+
+    Site site;
+    site.batch = blockIdx.x / blocks;
+    site.first_channel = 8 * ((int)(blockIdx.x - site.batch * blocks) * TEAMS + team);
+    site.front = FRONTS > 1 ? member / (32 * WARPS) : 0;
+    site.warp = member / 32 - site.front * WARPS;
+    site.lane = threadIdx.x & 31;
+    site.tiles = (height * width + 8 * SEG - 1) / (8 * SEG);
+    const int plane = (int)p.plane, team_bytes = 4 * plane * (int)(sizeof(float2) + sizeof(x_couple));
+    site.links = (Links *)dynamic_shared + team;
+#if SPILL
+    char *memory = (char *)p.work + ((int64)blockIdx.x * TEAMS + team) * team_bytes;
+#else
+    char *memory = (char *)((Links *)dynamic_shared + TEAMS) + team * team_bytes;
+#endif
+    site.stage = {(float2 *)memory, (x_couple *)(memory + 4 * plane * sizeof(float2)), width, height * width, pitch - width, plane, p.x_offsets, p.y_offsets};
+    const int live = channels - site.first_channel;
+    site.stage.read(p, (const x_type *)p.x + site.batch * p.x_b + site.first_channel * p.x_c, live, member);
+    prefetch_later_block(p, blocks, team, member, site.stage.length);
+    for (int i = member; i < (int)(sizeof(Links) / 4); i += MEMBERS) ((uint_t *)site.links)[i] = 0u;
+    team_barrier();
+
+#pragma unroll 1
+    for (site.turn = 0; site.turn * FRONTS < directions; ++site.turn) {
+        site.k = (int)(p.sequence >> (4 * (site.turn * FRONTS + site.front))) & 15;
+#if !SPECIAL
+        scan_direction<-1>(p, site, height, width, pitch);
+#else
+        const int code = (int)(p.codes >> (4 * site.k)) & 7, kind = (code & 1) | (((code >> 2) ^ (code >> 1)) & 1) << 1;
+        if (kind == 0) scan_direction<0>(p, site, height, width, pitch);
+        else if (kind == 1) scan_direction<1>(p, site, height, width, pitch);
+        else if (kind == 2) scan_direction<2>(p, site, height, width, pitch);
+        else scan_direction<3>(p, site, height, width, pitch);
+#endif
+    }
+    team_barrier();
+    float skip[8];
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+        const Element<D_TYPE>::type *source = (const Element<D_TYPE>::type *)p.D + min(site.first_channel + c, channels - 1);
+        skip[c] = p.D ? Element<D_TYPE>::load(source) : 0.f;
+    }
+    site.stage.write((Element<OUT_TYPE>::type *)p.out + (site.batch * channels + site.first_channel) * (int64)site.stage.length, skip, live, member);
+}

@@ -1,0 +1,64 @@
+"""The quickstart on two larger models, trained on Fashion-MNIST at 96x96 pixels.
+
+    python examples/fashion_mnist.py /usr/share/datasets/fashion-mnist --model v05 --weights vmamba_v05_fashion96.pt
+
+The data folder holds the four idx files, plain or gzipped (Debian and Ubuntu: apt-get install dataset-fashion-mnist).
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from quickstart import curve, export_and_check
+
+import vmeanba_fx
+from vmeanba_fx.data import FashionMNIST, make_loader
+from vmeanba_fx.models import CheckpointError, load_checkpoint, vanilla_vmamba_tiny, vmamba_tiny_s1l8
+
+MODELS = {"v05": vmamba_tiny_s1l8, "v0": vanilla_vmamba_tiny}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, help="folder with the idx files")
+    parser.add_argument("--weights", type=Path, required=True, help="checkpoint of the model")
+    parser.add_argument("--model", choices=sorted(MODELS), default="v05", help="which VMamba (default: v05)")
+    parser.add_argument("--metric", choices=["accuracy", "loss", "kl"], default="loss", help="default: loss")
+    parser.add_argument("--mean", choices=["direction", "all", "input"], default="direction", help="which mean")
+    parser.add_argument("--calibration-images", type=int, default=1000, metavar="N", help="default: 1000")
+    parser.add_argument("--test-images", type=int, default=2000, metavar="N", help="default: 2000")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--k", type=int, help="sites to replace in the exported model (default: half)")
+    parser.add_argument("--out", type=Path, help="where to keep the exported model (default: a temporary folder)")
+    args = parser.parse_args()
+
+    model = MODELS[args.model](in_chans=1, num_classes=10, dims=48, depths=(2, 2, 4, 2))
+    try:
+        load_checkpoint(model, args.weights)
+        train = loader(args.data, True, args.calibration_images, args.device)
+        test = loader(args.data, False, args.test_images, args.device)
+    except (OSError, ValueError, CheckpointError) as error:
+        sys.exit(f"fashion_mnist.py: {error}")
+    model.eval().to(args.device)
+
+    plan = vmeanba_fx.calibrate(model, train, metric=args.metric, mean=args.mean)
+    print(plan, end="\n\n")
+    print(curve(plan, model, test), end="\n\n")
+
+    gm = plan.apply(args.k if args.k is not None else len(plan.sites) // 2)
+    print(vmeanba_fx.report(gm), end="\n\n")
+    with tempfile.TemporaryDirectory() as folder:
+        path = args.out or Path(folder) / f"vmamba_{args.model}_fashion.pt2"
+        print(export_and_check(gm, next(iter(test))[0], path))
+
+
+def loader(folder: Path, train: bool, limit: int, device: str) -> torch.utils.data.DataLoader:
+    """The first ``limit`` images as batches on ``device``."""
+    data = FashionMNIST(folder, train, limit=limit)
+    return make_loader(data.prepare(data.images).to(device), data.labels.long().to(device))
+
+
+if __name__ == "__main__":
+    main()

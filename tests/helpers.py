@@ -1,0 +1,57 @@
+"""What tests of several parts share. Works on our models and on the official ones alike, by parameter names."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+def make_scan_matter(model: nn.Module, seed: int = 0, out_gain: float = 3.0) -> nn.Module:
+    """Draws all weights anew so that the scans carry a good part of the output; returns the model.
+
+    At the official initialisation they carry less than a thousandth, and a test passes whatever the scan computes.
+    `out_gain` scales what each SS2D adds to its residual stream.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(shape: torch.Size) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):  # the order of creation does not matter
+            leaf = name.rsplit(".", 1)[-1]
+            if leaf == "A_logs":
+                states = torch.arange(1, parameter.shape[-1] + 1).log()
+                parameter.copy_(states + 0.3 * normal(parameter.shape))
+            elif leaf == "Ds":
+                parameter.copy_(0.3 + 0.3 * normal(parameter.shape))
+            elif leaf == "dt_projs_bias":
+                parameter.copy_(-2.0 + 0.5 * normal(parameter.shape))
+            elif "x_proj" in name:  # twice the fan-in scale: the scan is quadratic in B and C
+                parameter.copy_(2.0 * normal(parameter.shape) * parameter.shape[-1] ** -0.5)
+            elif "dt_projs" in name:
+                parameter.copy_(0.5 * normal(parameter.shape) * parameter.shape[-1] ** -0.5)
+            elif "op.out_proj" in name:
+                parameter.copy_(out_gain * normal(parameter.shape) * parameter.shape[-1] ** -0.5)
+            elif parameter.ndim >= 2:
+                parameter.copy_(normal(parameter.shape) * parameter[0].numel() ** -0.5)
+            else:
+                parameter.copy_((1.0 if leaf == "weight" else 0.0) + 0.1 * normal(parameter.shape))
+    return model
+
+
+def without_scans(model: nn.Module) -> nn.Module:
+    """A copy of a VMamba in which every C is zero: of each scan only the skip D * u is left."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if hasattr(module, "A_logs"):
+            weight = module.x_proj_weight if hasattr(module, "x_proj_weight") else module.x_proj.weight
+            states = module.A_logs.shape[-1]
+            with torch.no_grad():
+                weight.view(4, -1, weight.shape[-1])[:, -states:] = 0.0
+    return model
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest expected magnitude."""
+    return ((actual - expected).abs().max() / expected.abs().max()).item()

@@ -1,0 +1,79 @@
+"""The examples, run as a user runs them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vmeanba_fx.models import save_checkpoint, vmamba_tiny_s1l8
+
+ROOT = Path(__file__).resolve().parent.parent
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+
+
+def example(name, *argv):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / "examples" / name, *map(str, argv)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_readme(tmp_path):
+    """The Python block of the README does what it says; it runs in a process of its own, in an empty folder."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    pytest.importorskip("sklearn")
+    check = "\nassert torch.equal(program.module()(images[:3]), gm(images[:3]))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", block + check]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 sites replaced" in done.stdout and os.listdir(tmp_path) == ["plan.json"]
+
+
+def rows(output, first):
+    """The cells of a printed table's rows that begin with ``first``."""
+    return [line.split() for line in output.splitlines() if line.startswith(first)]
+
+
+@pytest.mark.slow
+def test_quickstart(tmp_path):
+    pytest.importorskip("sklearn")
+    out = tmp_path / "digits.pt2"
+    done = example("quickstart.py", "--out", out)
+    assert done.returncode == 0, done.stderr
+    original, curve = rows(done.stdout, "original")[0], rows(done.stdout, "k = ")
+    assert float(original[1]) >= 97.0
+    sites = len(curve) - 1
+    assert [row[2] for row in curve] == [str(k) for k in range(sites + 1)] and sites >= 3
+    assert curve[0][3] == original[1], "k = 0 changes the accuracy"
+    flops = [float(row[5]) for row in curve]
+    assert flops == sorted(flops, reverse=True) and flops[-1] < flops[0]
+    assert "equal at batch 64, 1 and 5" in done.stdout
+    assert torch.export.load(out).module()(torch.zeros(3, 1, 32, 32)).shape == (3, 10)
+
+
+def test_fashion_mnist_names_what_is_missing(tmp_path):
+    weights = tmp_path / "weights.safetensors"
+    done = example("fashion_mnist.py", tmp_path, "--weights", weights)
+    assert done.returncode == 1 and done.stderr == f"fashion_mnist.py: {weights}: no such checkpoint file\n"
+    save_checkpoint(vmamba_tiny_s1l8(in_chans=1, num_classes=10, dims=48, depths=(2, 2, 4, 2)), weights)
+    done = example("fashion_mnist.py", tmp_path, "--weights", weights)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "dataset-fashion-mnist" in done.stderr and str(tmp_path) in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "at_least"), [("v05", 80.0), ("v0", 80.0)])
+def test_fashion_mnist(model, at_least):
+    weights = ROOT.parent / "shared" / "weights" / f"vmamba_{model}_fashion96.pt"
+    if not weights.is_file() or not FASHION.is_dir():
+        pytest.skip(f"needs {weights.name} in ../shared/weights and Debian's dataset-fashion-mnist")
+    argv = [FASHION, "--weights", weights, "--model", model, "--calibration-images", 32, "--test-images", 128]
+    done = example("fashion_mnist.py", *argv, "--k", 2)
+    assert done.returncode == 0, done.stderr
+    curve = rows(done.stdout, "k = ")
+    assert len(curve) == 11 and float(curve[0][3]) >= at_least
+    assert "equal at batch 64, 1 and 5" in done.stdout

@@ -1,0 +1,247 @@
+"""What the command line names: models, data, devices. Arguments are parsed as literals, never evaluated."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..data import FashionMNIST, load_digits_images, make_loader
+from ..errors import VMeanbaError
+from ..models import load_checkpoint
+
+
+class CommandError(VMeanbaError):
+    """Something the command line named that cannot be used."""
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """An argparse type: a whole number not below ``low``."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = low - 1
+        if number < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
+        return number
+
+    return parse
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A parsed ``--model``: a module (dotted name or .py file), a name in it, and literal arguments."""
+
+    text: str
+    module: str
+    factory: str
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> ModelSpec:
+        """``pkg.mod:factory(key=literal)``, ``file.py:factory``, or a name of ``vmeanba_fx.models``."""
+        match = re.fullmatch(r"(?:(?P<module>.+?):)?(?P<call>[A-Za-z_][\w.]*(?:\(.*\))?)", text.strip(), re.DOTALL)
+        if match is None:
+            raise argparse.ArgumentTypeError(f"{text!r} is not MODULE:FACTORY or MODULE:FACTORY(key=value, ...)")
+        try:
+            call = ast.parse(match["call"], mode="eval").body
+            args, kwargs = [], {}
+            if isinstance(call, ast.Call):
+                args = [ast.literal_eval(arg) for arg in call.args]
+                if any(keyword.arg is None for keyword in call.keywords):
+                    raise ValueError("** is not a literal")
+                kwargs = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+                call = call.func
+            if not isinstance(call, ast.Name | ast.Attribute):
+                raise ValueError("not a name")
+        except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: arguments must be plain literals, as in factory(num_classes=10, dims=[16, 32])"
+            ) from None
+        return cls(text, match["module"] or "vmeanba_fx.models", ast.unparse(call), tuple(args), kwargs)
+
+    def build(self) -> nn.Module:
+        """Import the module, call the factory.
+
+        Raises:
+            CommandError: there is no such module or name, the factory fails, or it does not give a model.
+        """
+        module = self._import()
+        try:
+            found = attrgetter(self.factory)(module)
+        except AttributeError:
+            raise CommandError(f"--model: {self.module} has no {self.factory!r}") from None
+        if isinstance(found, nn.Module) and not (self.args or self.kwargs):
+            return found
+        if not callable(found):
+            raise CommandError(f"--model: {self.text} is a {type(found).__name__}, neither a model nor a factory")
+        try:
+            model = found(*self.args, **self.kwargs)
+        except Exception as error:
+            raise CommandError(f"--model: {self.text} fails: {type(error).__name__}: {error}") from error
+        if not isinstance(model, nn.Module):
+            raise CommandError(f"--model: {self.text} returns a {type(model).__name__}, not a torch.nn.Module")
+        return model
+
+    def _import(self) -> Any:
+        try:
+            if not self.module.endswith(".py"):
+                _search_first(Path.cwd())
+                return importlib.import_module(self.module)
+            path = Path(self.module)
+            if not path.is_file():
+                raise CommandError(f"--model: {path}: no such file")
+            _search_first(path.resolve().parent)
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            module = importlib.util.module_from_spec(spec)
+            sys.modules.setdefault(path.stem, module)
+            spec.loader.exec_module(module)
+            return module
+        except CommandError:
+            raise
+        except Exception as error:
+            raise CommandError(f"--model: cannot import {self.module}: {type(error).__name__}: {error}") from error
+
+
+def _search_first(folder: Path) -> None:
+    """Let ``import`` find what lies beside the user's model, as ``python file.py`` and ``python -m`` do."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """A parsed ``--data``. ``kind``: digits, fashion-mnist, random or file; ``shape`` of random data (B, C, H, W)."""
+
+    kind: str
+    path: str = ""
+    shape: tuple[int, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> DataSpec:
+        kind, _, rest = text.partition(":")
+        if text == "digits":
+            return cls("digits")
+        if kind == "fashion-mnist" and rest:
+            return cls("fashion-mnist", path=rest)
+        if kind == "random":
+            if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5}){3}", rest):
+                raise argparse.ArgumentTypeError(f"{text!r}: write random:B,C,H,W, as in random:8,3,224,224")
+            return cls("random", shape=tuple(map(int, rest.split(","))))
+        if Path(text).suffix in (".npz", ".safetensors"):
+            return cls("file", path=text)
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected digits, fashion-mnist:FOLDER, random:B,C,H,W, FILE.npz or FILE.safetensors"
+        )
+
+    def loader(self, *, batch: int, size: int | None, seed: int, batches: int | None, like: nn.Module) -> _Cast:
+        """Batches (images, labels), or images where there are no labels, in the dtype of the model ``like``.
+
+        Of the two named data sets the training part is taken, in a fixed order.
+        """
+        if size is not None and self.kind != "fashion-mnist":
+            raise CommandError(f"--size has no effect on --data {self.kind}, only on fashion-mnist")
+        dtype = next((p.dtype for p in like.parameters() if p.is_floating_point()), torch.float32)
+        return _Cast(self._batches(batch, size, seed, batches), dtype)
+
+    def _batches(self, batch: int, size: int | None, seed: int, batches: int | None) -> Any:
+        if self.kind == "random":
+            generator = torch.Generator().manual_seed(seed)
+            return [torch.randn(self.shape, generator=generator) for _ in range(batches or 1)]
+        try:
+            if self.kind == "fashion-mnist":
+                return DataLoader(FashionMNIST(self.path, train=True, size=size or 96), batch)
+            images, labels = load_digits_images(train=True) if self.kind == "digits" else _read(Path(self.path))
+        except (ValueError, ImportError) as error:
+            raise CommandError(f"--data: {error}") from error
+        return images.split(batch) if labels is None else make_loader(images, labels, batch)
+
+
+class _Cast:
+    """A loader's batches with the images in ``dtype``."""
+
+    def __init__(self, batches: Any, dtype: torch.dtype) -> None:
+        self.batches, self.dtype = batches, dtype
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            yield batch.to(self.dtype) if isinstance(batch, Tensor) else (batch[0].to(self.dtype), batch[1])
+
+
+def _read(path: Path) -> tuple[Tensor, Tensor | None]:
+    """``images`` and, where there are any, ``labels`` of a file; nothing in the file is executed."""
+    if not path.is_file():
+        raise CommandError(f"--data: {path}: no such file")
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                found = {name: torch.from_numpy(file[name]) for name in ("images", "labels") if name in file.files}
+        else:
+            found = load_file(path)
+    except Exception as error:  # the readers raise a dozen types on damaged files
+        raise CommandError(f"--data: {path} cannot be read: {error}") from error
+    images, labels = found.get("images"), found.get("labels")
+    if images is None:
+        raise CommandError(f"--data: {path} holds no 'images'")
+    if not images.is_floating_point() or images.dim() < 2 or not len(images):
+        raise CommandError(
+            f"--data: {path}: images are {images.dtype} {tuple(images.shape)}; "
+            "expected at least one, floating point, normalised as the model wants them"
+        )
+    if labels is None:
+        return images, None
+    if labels.is_floating_point() or len(labels) != len(images):
+        raise CommandError(
+            f"--data: {path}: labels are {labels.dtype} {tuple(labels.shape)}; expected one class number for each of "
+            f"the {len(images)} images"
+        )
+    return images, labels.long()
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called ``name``; ``auto`` is a GPU if there is one.
+
+    Raises:
+        CommandError: there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise CommandError(f"--device {name}: expected cpu, cuda, cuda:N or auto") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CommandError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here")
+    if device.type not in ("cpu", "cuda"):
+        raise CommandError(f"--device {name}: expected cpu, cuda, cuda:N or auto")
+    return device
+
+
+def build_model(spec: ModelSpec, weights: str | None, *, seed: int, device: str = "cpu") -> nn.Module:
+    """The model in eval mode on ``device``, with the weights in a file or random ones, of ``seed``."""
+    target = resolve_device(device)
+    torch.manual_seed(seed)  # a plan belongs to weights: the next command must build the same model
+    model = spec.build()
+    if weights is not None:
+        load_checkpoint(model, weights)
+    return model.eval().to(target)

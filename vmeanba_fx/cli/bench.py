@@ -1,0 +1,157 @@
+"""bench: the model against its rewritten forms on this machine. Numbers are checked before anything is timed."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, fx, nn
+from torch.utils.benchmark import Timer
+
+from ..calibrate import calibrate
+from ..plan import Plan
+from ..report import report
+from .arguments import CommandError, DataSpec, at_least, build_model
+from .commands import Outcome
+from .program import relative_error
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Rounding of a whole network. On a GPU float32 convolutions run in TF32, and not the same ones before and after.
+_TOLERANCE = {("cpu", torch.float32): 1e-4, ("cuda", torch.float32): 1e-2}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One timed form of the model. ``k`` is None for the model as given; ``flops``: of all its scans, per image."""
+
+    name: str
+    k: int | None
+    milliseconds: float
+    spread: float
+    images_per_second: float
+    speedup: float
+    flops: int
+
+
+def add_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--data", type=DataSpec.parse, help="the first batch of it is run (default: random images)")
+    sub.add_argument("--batch", type=at_least(1), default=8, help="batch size (default: 8)")
+    sub.add_argument("--dtype", choices=sorted(_DTYPES), default="float32", help="default: float32")
+    sub.add_argument("--compile", action="store_true", help="time torch.compile(model) throughout")
+    sub.add_argument("-k", type=at_least(0), nargs="+", help="how many sites to replace (default: 0, half, all)")
+    sub.add_argument("--plan", metavar="PLAN.json", help="rank sites by it (default: by KL on the timed batch)")
+    sub.add_argument("--min-time", type=float, default=1.0, metavar="S", help="seconds to time each form (default: 1)")
+
+
+def bench(args: argparse.Namespace) -> Outcome:
+    """Time the model and, for every k, its rewritten form.
+
+    Raises:
+        CommandError: the graph with k = 0 computes something else than the model, or compiling changes an output.
+        GraphCheckError: an exact pass changed an output.
+    """
+    model = build_model(args.model, args.weights, seed=args.seed, device=args.device).to(_DTYPES[args.dtype])
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    images = _images(args, model).to(device)
+    graphs = _graphs(args, model, images)
+    forms: list[tuple[str, int | None, Callable[[Tensor], Any]]] = [("original", None, model)]
+    forms += [(f"k = {k}", k, gm) for k, gm in graphs.items()]
+    tolerance = _TOLERANCE.get((device.type, images.dtype), 5e-2)
+    plain = next(iter(graphs.values()))
+    rows: list[Row] = []
+    with torch.no_grad():
+        if 0 in graphs:
+            _compare(graphs[0](images), model(images), tolerance, "the graph with k = 0")
+        for name, k, form in forms:
+            run = torch.compile(form, fullgraph=k is not None) if args.compile else form
+            if args.compile:
+                _compare(run(images), form(images), tolerance, f"{name}, compiled,")
+            run(images)
+            threads = torch.get_num_threads()
+            timing = Timer("run(images)", globals={"run": run, "images": images}, num_threads=threads)
+            measured = timing.blocked_autorange(min_run_time=args.min_time)
+            found = report(form if k is not None else plain)
+            median, spread = 1e3 * measured.median, 1e3 * measured.iqr
+            speedup = rows[0].milliseconds / median if rows else 1.0
+            flops = found.flops_before if k is None else found.flops_after
+            rows.append(Row(name, k, median, spread, 1e3 * len(images) / median, speedup, flops))
+    where = _environment(args, device, images)
+    return Outcome(_text(rows, where), {"environment": where, "rows": [asdict(row) for row in rows]})
+
+
+def _images(args: argparse.Namespace, model: nn.Module) -> Tensor:
+    if args.data is None:
+        channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+        size = args.size or 224
+        shape = (args.batch, channels, size, size)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(args.seed)).to(_DTYPES[args.dtype])
+    loader = args.data.loader(batch=args.batch, size=args.size, seed=args.seed, batches=1, like=model)
+    first = next(iter(loader))
+    images = first if isinstance(first, Tensor) else first[0]
+    return images[torch.arange(args.batch) % len(images)]
+
+
+def _graphs(args: argparse.Namespace, model: nn.Module, images: Tensor) -> dict[int, fx.GraphModule]:
+    """The rewritten graph for every k. ``verify`` proves the exact passes on the way."""
+    if args.plan is not None:
+        plan, applied_to = Plan.load(args.plan), {"model": model}
+    else:
+        # Which sites go matters only where some go and some stay.
+        sites = len(calibrate(model, [images], score_sites=False).sites) if args.k else None
+        scored = sites is None or any(0 < k < sites for k in args.k)
+        plan, applied_to = calibrate(model, [images], metric="kl", seed=args.seed, score_sites=scored), {}
+    n = len(plan.sites)
+    wanted = sorted(set(args.k if args.k is not None else (0, n // 2, n)))
+    return {k: plan.apply(k, verify=True, **applied_to) for k in wanted}
+
+
+def _compare(found: Any, expected: Any, tolerance: float, what: str) -> None:
+    pairs = zip(torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(expected), strict=True)
+    for f, e in pairs:
+        if isinstance(e, Tensor) and e.is_floating_point():
+            error = relative_error(f, e)
+            if not error <= tolerance:
+                raise CommandError(
+                    f"{what} is off by {error:.1e} (relative; allowed {tolerance:.0e}): nothing was timed"
+                )
+
+
+def _environment(args: argparse.Namespace, device: torch.device, images: Tensor) -> dict[str, Any]:
+    gpu = device.type == "cuda"
+    return {
+        "model": args.model.text, "input": list(images.shape), "dtype": args.dtype, "compiled": args.compile,
+        "device": torch.cuda.get_device_name(device) if gpu else _cpu(), "torch": torch.__version__,
+        "threads": torch.get_num_threads(), "date": datetime.date.today().isoformat(),
+    }  # fmt: skip
+
+
+def _cpu() -> str:
+    """The processor's name; Python itself does not know it on Linux."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _text(rows: list[Row], where: dict[str, Any]) -> str:
+    table = tabulate(
+        [
+            [r.name, f"{r.milliseconds:.2f}", f"{r.spread:.2f}", f"{r.images_per_second:.1f}", f"{r.speedup:.2f}x",
+             f"{r.flops / 1e6:.2f}"]
+            for r in rows
+        ],
+        ["form", "ms (median)", "iqr", "images/s", "speed-up", "scan MFLOPs per image"],
+        disable_numparse=True, colalign=("left", *["right"] * 5),
+    )  # fmt: skip
+    compiled = ", torch.compile" if where["compiled"] else ""
+    return (
+        f"{where['model']}, input {'x'.join(map(str, where['input']))} {where['dtype']}{compiled}; {where['device']}, "
+        f"{where['threads']} threads, torch {where['torch']}, {where['date']}\n{table}"
+    )

@@ -1,0 +1,108 @@
+"""find, score, apply and export. Each takes the parsed arguments and returns what to print."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..calibrate import calibrate
+from ..capture import capture
+from ..plan import Plan
+from ..report import report
+from ..sites import Site, find_sites
+from .arguments import CommandError, build_model
+from .program import write_program
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did, as text and as JSON-ready data."""
+
+    text: str
+    data: dict[str, Any]
+
+
+def find(args: argparse.Namespace) -> Outcome:
+    """The sites of a model."""
+    model = build_model(args.model, args.weights, seed=args.seed)
+    loader = args.data.loader(batch=args.batch, size=args.size, seed=args.seed, batches=1, like=model)
+    first = next(iter(loader))
+    gm = capture(model, first if not isinstance(first, tuple | list) else first[0])
+    sites = find_sites(gm)
+    described = [_describe(s) for s in sites]
+    data = {"model": args.model.text, "sites": described, "refused": [list(r) for r in sites.refused]}
+    return Outcome(f"{sites}\n{len(sites)} sites", data)
+
+
+def _describe(site: Site) -> dict[str, Any]:
+    return site.to_dict() | {"flops": site.flops(), "flops_replaced": site.flops_replaced()}
+
+
+def score(args: argparse.Namespace) -> Outcome:
+    """Calibrate and write the plan."""
+    _require_writable(args.out)
+    model = build_model(args.model, args.weights, seed=args.seed, device=args.device)
+    plan = _calibrate(args, model, resume=args.resume)
+    plan.save(args.out)
+    names = [s.name for s in plan.sites]
+    data = {
+        "out": args.out, "order": [names[i] for i in plan.order()],
+        "impacts": {name: plan.impact(i) for i, name in enumerate(names)}, "plan": plan.to_dict(),
+    }  # fmt: skip
+    return Outcome(f"{plan}\nwritten to {args.out}", data)
+
+
+def apply(args: argparse.Namespace) -> Outcome:
+    """Apply a plan, or a choice made now, and write the model; ``export`` is the same with k = 0 by default."""
+    _require_writable(args.out)
+    if Path(args.out).suffix != ".pt2":
+        raise CommandError(f"--out {args.out}: the name of a program ends in .pt2")
+    model = build_model(args.model, args.weights, seed=args.seed, device=args.device)
+    choice = {"k": args.k, "max_drop": args.max_drop, "sites": args.sites, "exclude": args.exclude}
+    if all(choice[name] is None for name in ("k", "max_drop", "sites")):
+        choice["k"] = 0
+    if args.plan is not None:
+        _refuse_scoring_options(args)
+        plan = Plan.load(args.plan)
+        gm = plan.apply(model=model, **choice)
+    else:
+        plan = _calibrate(args, model, score_sites=choice["sites"] is None and choice["k"] != 0)
+        gm = plan.apply(**choice)
+    found = report(gm)
+    written = write_program(gm, args.out, extra={"report.json": found.to_dict(), "plan.json": plan.to_dict()})
+    return Outcome(f"{found}\n{written}", written.to_dict() | {"report": found.to_dict()})
+
+
+def _calibrate(args: argparse.Namespace, model: nn.Module, **options: Any) -> Plan:
+    loader = args.data.loader(batch=args.batch, size=args.size, seed=args.seed, batches=args.batches, like=model)
+    return calibrate(
+        model,
+        loader,
+        metric=args.metric,
+        mean=args.mean or "direction",
+        max_batches=args.batches,
+        seed=args.seed,
+        **options,
+    )
+
+
+def _refuse_scoring_options(args: argparse.Namespace) -> None:
+    for name in ("metric", "mean", "batches", "size"):
+        if getattr(args, name) is not None:
+            raise CommandError(f"--{name} belongs to scoring and has no effect on a plan that is already there")
+
+
+def _require_writable(out: str) -> None:
+    """Refuse before minutes of work what could not be written after them."""
+    folder = Path(out).resolve().parent
+    if not folder.is_dir():
+        raise CommandError(f"--out {out}: there is no folder {folder}")
+    if Path(out).is_dir():
+        raise CommandError(f"--out {out}: is a folder")
+    if not os.access(folder, os.W_OK):
+        raise CommandError(f"--out {out}: the folder {folder} is not writable")

@@ -1,0 +1,131 @@
+"""Gradients of the scans in vectorised PyTorch, on any device.
+
+With dt = softplus?(delta + bias), a = exp(dt A), b = dt B u, h_t = a_t h_{t-1} + b_t and y = <C, h>, the gradient of h is the same
+recurrence backwards in time,
+
+    g_t = C_t dy_t + a_{t+1} g_{t+1}
+
+and everything else is products summed over the dims an input lacks. States are recomputed, not stored.
+"""
+
+import torch
+from torch import Tensor
+
+from .cpu import compute_dtype, discretise, step_size
+from .library import LIBRARY
+from .recurrence import scan_rows
+from .tiles import tiles
+
+# Elements of one work-space tensor (B, K, D, N, L); about eight are in use.
+_BUDGET = 1 << 18
+
+
+def selective_scan_backward(grad, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    """Gradients for u, delta, A, B, C, D, z and delta_bias, each of its input's shape and dtype; (0,) where it was None."""
+    K = B.shape[1]
+
+    def grouped(tensor: Tensor | None, dim: int) -> Tensor | None:
+        return None if tensor is None else tensor.unflatten(dim, (K, -1))
+
+    inputs = (
+        *(grouped(u, 1), grouped(delta, 1), grouped(A, 0), B, C),
+        *(grouped(D, 0), grouped(z, 1), grouped(delta_bias, 0), delta_softplus),
+    )
+    du, ddelta, dA, dB, dC, dD, dz, dbias = _scan_backward(grouped(grad, 1), *inputs)
+    grads = du.view(u.shape), ddelta.view(u.shape), dA.view(A.shape), dB, dC, dD.flatten(), dz.view(-1), dbias.flatten()
+    return (*grads[:6], dz if z is None else dz.view(z.shape), grads[7])
+
+
+def shared_scan_backward(grad, u, delta, A, B, C, delta_bias, delta_softplus):
+    """Gradients for u, delta, A, B, C and delta_bias."""
+    bias = None if delta_bias is None else delta_bias[:, None]
+    inputs = u, delta[:, :, None], A[:, None], B, C, None, None, bias, delta_softplus
+    du, ddelta, dA, dB, dC, _, _, dbias = _scan_backward(grad, *inputs)
+    return du, ddelta[:, :, 0], dA[:, 0], dB, dC, dbias.flatten()
+
+
+def linear_scan_backward(grad, a, b, C):
+    """Gradients for a, b and C."""
+    dtype = compute_dtype(a)
+    da, dC = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (a, C))
+    db = torch.empty(b.shape, dtype=b.dtype, device=b.device)
+    for item, group, channel in tiles(*b.shape[:3], b.shape[3] * b.shape[4], _BUDGET):
+        decay, dy = a[item, group, None].to(dtype), grad[item, group, channel].to(dtype)
+        h = scan_rows(decay, b[item, group, channel].to(dtype))
+        g = _state_gradient(decay, C[item, group].to(dtype), dy)
+        db[item, group, channel] = g
+        dC[item, group] += (h * dy[:, :, :, None]).sum(2)
+        da[item, group, :, 1:] += (g[..., 1:] * h[..., :-1]).sum(2)
+    return da.to(a.dtype), db, dC.to(C.dtype)
+
+
+def _scan_backward(grad, u, delta, A, B, C, D, z, bias, softplus):
+    """u, z, grad (B, K, D, L); delta (B, K, D or 1, L); A (K, D or 1, N); B, C (B, K, N, L); D (K, D); bias (K, D or 1)."""
+    batch, K, channels, length = u.shape
+    dtype, own_decay = compute_dtype(u), delta.shape[2] == channels
+
+    def total(like: Tensor | None) -> Tensor:
+        return torch.zeros(0 if like is None else like.shape, dtype=dtype, device=u.device)
+
+    du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    dz = torch.empty(0 if z is None else z.shape, dtype=u.dtype if z is None else z.dtype, device=u.device)
+    ddelta, dA, dB, dC, dD, dbias = (total(t) for t in (delta, A, B, C, D, bias))
+
+    for item, group, channel in tiles(batch, K, channels, A.shape[2] * length, _BUDGET):
+        own = channel if own_decay else slice(None)
+        bias_tile = None if bias is None else bias[group, own]
+        x = u[item, group, channel].to(dtype)
+        dt = step_size(delta[item, group, own], bias_tile, softplus, u)
+        dy = grad[item, group, channel].to(dtype)
+        a, b = discretise(dt, x, A[group, own], B[item, group])
+        h = scan_rows(a, b)
+        read, skip = C[item, group].to(dtype), None if D is None else D[group, channel, None].to(dtype)
+
+        if z is not None:
+            gate = z[item, group, channel].to(dtype)
+            sigmoid = torch.sigmoid(gate)
+            y = (h * read[:, :, None]).sum(3)
+            if skip is not None:
+                y.addcmul_(x, skip)
+            dz[item, group, channel] = dy * y * sigmoid * (1 + gate * (1 - sigmoid))
+            dy = dy * gate * sigmoid
+
+        dC[item, group] += (h * dy[:, :, :, None]).sum(2)
+        g = _state_gradient(a, read, dy)
+        # The gradient of the exponent dt A at step t is g_t h_{t-1} a_t; h is shifted in place to h_{t-1}.
+        previous = torch.zeros_like(h)
+        torch.mul(g[..., 1:], h[..., :-1], out=previous[..., 1:])
+        d_exponent = a * (previous if own_decay else previous.sum(2, keepdim=True))
+        d_product = (g * B[item, group, None].to(dtype)).sum(3)  # for dt u, (B, K, D, L)
+
+        dx = d_product * (dt if own_decay else dt.expand_as(x))
+        ddt = d_product * x
+        if not own_decay:
+            ddt = ddt.sum(2, keepdim=True)
+        ddt = ddt + (d_exponent * A[group, own, :, None].to(dtype)).sum(3)
+        dA[group, own] += (d_exponent * dt[:, :, :, None]).sum((0, 4))
+        dB[item, group] += (g * (dt * x)[:, :, :, None]).sum(2)
+        if skip is not None:
+            dx.addcmul_(dy, skip)
+            dD[group, channel] += (dy * x).sum((0, 3))
+        du[item, group, channel] = dx
+        # softplus'(s) = sigmoid(s) = 1 - exp(-softplus(s))
+        ddelta_tile = ddt * -torch.expm1(-dt) if softplus else ddt
+        ddelta[item, group, own] += ddelta_tile
+        if bias is not None:
+            dbias[group, own] += ddelta_tile.sum((0, 3))
+
+    sums = ((ddelta, delta), (dA, A), (dB, B), (dC, C), (dD, D), (dbias, bias))
+    ddelta, dA, dB, dC, dD, dbias = (x.to((u if like is None else like).dtype) for x, like in sums)
+    return du, ddelta, dA, dB, dC, dD, dz, dbias
+
+
+def _state_gradient(a: Tensor, C: Tensor, dy: Tensor) -> Tensor:
+    """g (B, K, D, N, L) from a (B, K, D or 1, N, L), C (B, K, N, L) and dy (B, K, D, L)."""
+    following = torch.zeros_like(a, memory_format=torch.contiguous_format)
+    following[..., :-1] = a[..., 1:]
+    return scan_rows(following, C[:, :, None] * dy[:, :, :, None], spoil=True, reverse=True)
+
+
+for _op in (selective_scan_backward, shared_scan_backward, linear_scan_backward):
+    LIBRARY.impl(_op.__name__, _op, "CompositeExplicitAutograd")

@@ -1,0 +1,188 @@
+"""The 2-D ops as compositions on any device: read the maps in scan order, scan, put the result back in place.
+
+Both work through the batch in blocks, so that the K copies of the map that the scan order needs stay small.
+"""
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .cpu import compute_dtype
+from .directions import inverse_table
+from .library import LIBRARY
+from .tiles import blocks
+
+_ops = torch.ops.vmeanba_fx
+
+# Elements of one tensor in scan order, (batch block, K, channels, L).
+_BUDGET = 1 << 22
+
+
+class ScanOrder:
+    """The K orders in which a map (..., H, W) is read, from direction codes or a table (see `directions`)."""
+
+    def __init__(self, directions: list[int], order: Tensor | None, height: int, width: int):
+        self.codes, self.height, self.width = directions, height, width
+        self.table = None if order is None else order.long()
+        self.inverse = None if order is None else inverse_table(self.table)
+
+    def read(self, maps: Tensor, k: int) -> Tensor:
+        """(..., H, W) in spatial order -> (..., L) as direction k meets it; a view where that is possible."""
+        if self.table is not None:
+            return maps.flatten(-2).index_select(-1, self.table[k])
+        code = self.codes[k]
+        if code & 1:
+            maps = maps.transpose(-1, -2)
+        if code & 4:
+            maps = maps.flip(-1)
+        rows = maps.flatten(-2)
+        return rows.flip(-1) if code & 2 else rows
+
+    def put_back(self, rows: Tensor, k: int) -> Tensor:
+        """The inverse: (..., L) -> (..., H, W)."""
+        if self.inverse is not None:
+            return rows.index_select(-1, self.inverse[k]).unflatten(-1, (self.height, self.width))
+        code = self.codes[k]
+        if code & 2:
+            rows = rows.flip(-1)
+        maps = rows.unflatten(-1, (self.width, self.height) if code & 1 else (self.height, self.width))
+        if code & 4:
+            maps = maps.flip(-1)
+        return maps.transpose(-1, -2) if code & 1 else maps
+
+    def read_all(self, maps: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, 1 or K, C, H, W) -> (B, K, C, L) in `dtype`; one map serves all directions if there is only one."""
+        batch, groups, channels = maps.shape[:3]
+        count = len(self.codes) if self.table is None else len(self.table)
+        rows = torch.empty(batch, count, channels, self.height * self.width, dtype=dtype, device=maps.device)
+        for k in range(count):
+            rows[:, k] = self.read(maps[:, k if groups == count else 0], k)
+        return rows
+
+
+def shared_scan2d(u, delta, A, B, C, delta_bias, directions, order, delta_softplus, merge, out_dtype=None):
+    """u (B, 1 or K, R, H, W); delta (B, K, H, W); B, C (B, K, N, H, W). Returns (B, R, H, W) or (B, K, R, H, W)."""
+    checks.check_shared_scan2d(u, delta, A, B, C, delta_bias, directions, order, out_dtype)
+    batch, _, R, height, width = u.shape
+    K, dtype = delta.shape[1], compute_dtype(u)
+    scan_order = ScanOrder(directions, order, height, width)
+    shape = (batch, R, height, width) if merge else (batch, K, R, height, width)
+    out = torch.empty(shape, dtype=out_dtype or u.dtype, device=u.device)
+    for now in _batch_blocks(batch, K * (R + 2 * A.shape[1]) * height * width):
+        inputs = (scan_order.read_all(maps[now], dtype) for maps in (u, delta[:, :, None], B, C))
+        u_rows, delta_rows, B_rows, C_rows = inputs
+        y = _ops.shared_scan.default(u_rows, delta_rows[:, :, 0], A, B_rows, C_rows, delta_bias, delta_softplus, dtype)
+        if merge:
+            out[now] = _merged(scan_order, y)
+        else:
+            for k in range(K):
+                out[now, k] = scan_order.put_back(y[:, k], k)
+    return out
+
+
+def shared_scan2d_backward(grad, u, delta, A, B, C, delta_bias, directions, order, delta_softplus, merge):
+    """Gradients of `shared_scan2d` for u, delta, A, B, C and delta_bias."""
+    batch, u_groups, R, height, width = u.shape
+    K, dtype = delta.shape[1], compute_dtype(u)
+    scan_order = ScanOrder(directions, order, height, width)
+    du, ddelta, dB, dC = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (u, delta, B, C))
+    dA = torch.zeros(A.shape, dtype=dtype, device=A.device)
+    dbias = torch.zeros(0 if delta_bias is None else K, dtype=dtype, device=A.device)
+    for now in _batch_blocks(batch, K * (R + 2 * A.shape[1]) * height * width):
+        inputs = (scan_order.read_all(maps[now], dtype) for maps in (u, delta[:, :, None], B, C))
+        u_rows, delta_rows, B_rows, C_rows = inputs
+        dy = scan_order.read_all(grad[now, None] if merge else grad[now], dtype)
+        bias = None if delta_bias is None else delta_bias.to(dtype)
+        arguments = dy, u_rows, delta_rows[:, :, 0], A.to(dtype), B_rows, C_rows, bias, delta_softplus
+        du_rows, ddelta_rows, dA_now, dB_rows, dC_rows, dbias_now = _ops.shared_scan_backward.default(*arguments)
+        dA += dA_now
+        dbias += dbias_now
+        for k in range(K):
+            ddelta[now, k] = scan_order.put_back(ddelta_rows[:, k], k)
+            dB[now, k] = scan_order.put_back(dB_rows[:, k], k)
+            dC[now, k] = scan_order.put_back(dC_rows[:, k], k)
+            if u_groups == K:
+                du[now, k] = scan_order.put_back(du_rows[:, k], k)
+        if u_groups != K:
+            du[now, 0] = _merged(scan_order, du_rows)
+    return du, ddelta, dA.to(A.dtype), dB, dC, dbias.to((A if delta_bias is None else delta_bias).dtype)
+
+
+def ss2d(x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplus, out_dtype=None):
+    """x (B, D, H, W); feats (B, K, R + 2N, H, W); dt_weight (K, D, R); A (K*D, N). Returns (B, D, H, W)."""
+    checks.check_ss2d(x, feats, dt_weight, A, D, delta_bias, directions, order, out_dtype)
+    batch, channels, height, width = x.shape
+    dtype = compute_dtype(x)
+    scan_order = ScanOrder(directions, order, height, width)
+    out = torch.empty(x.shape, dtype=out_dtype or x.dtype, device=x.device)
+    for now in _batch_blocks(batch, feats.shape[1] * channels * height * width):
+        scan_inputs, _ = _ss2d_inputs(x[now], feats[now], dt_weight, A, scan_order)
+        y = _ops.selective_scan.default(*scan_inputs, None, None, delta_bias, delta_softplus, dtype)
+        merged = _merged(scan_order, y.unflatten(1, (-1, channels)))
+        if D is not None:
+            merged = merged.addcmul(x[now].to(dtype), D.to(dtype)[:, None, None])
+        out[now] = merged
+    return out
+
+
+def ss2d_backward(grad, x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplus):
+    """Gradients of `ss2d` for x, feats, dt_weight, A, D and delta_bias."""
+    batch, channels, height, width = x.shape
+    K, R, dtype = feats.shape[1], dt_weight.shape[2], compute_dtype(x)
+    scan_order = ScanOrder(directions, order, height, width)
+    dx, dfeats = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, feats))
+    dweight, dA = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (dt_weight, A))
+    dD = torch.zeros(0 if D is None else channels, dtype=dtype, device=x.device)
+    dbias = torch.zeros(0 if delta_bias is None else K * channels, dtype=dtype, device=x.device)
+    bias = None if delta_bias is None else delta_bias.to(dtype)
+    for now in _batch_blocks(batch, K * channels * height * width):
+        scan_inputs, features = _ss2d_inputs(x[now], feats[now], dt_weight, A.to(dtype), scan_order)
+        g = grad[now].to(dtype)
+        dy = scan_order.read_all(g[:, None], dtype).flatten(1, 2)
+        grads = _ops.selective_scan_backward.default(dy, *scan_inputs, None, None, bias, delta_softplus)
+        du, ddelta, dA_now, dB, dC, _, _, dbias_now = grads
+        ddelta = ddelta.unflatten(1, (K, channels))
+        dA += dA_now
+        dbias += dbias_now
+        dweight += torch.matmul(ddelta, features[:, :, :R].transpose(2, 3)).sum(0)
+        dfeatures = torch.cat([torch.matmul(dt_weight.to(dtype).transpose(1, 2), ddelta), dB, dC], dim=2)
+        for k in range(K):
+            dfeats[now, k] = scan_order.put_back(dfeatures[:, k], k)
+        dx_now = _merged(scan_order, du.unflatten(1, (K, channels)))
+        if D is not None:
+            dD += (g * x[now].to(dtype)).sum((0, 2, 3))
+            dx_now = dx_now.addcmul(g, D.to(dtype)[:, None, None])
+        dx[now] = dx_now
+    return (
+        dx,
+        dfeats,
+        dweight.to(dt_weight.dtype),
+        dA.to(A.dtype),
+        dD.to((x if D is None else D).dtype),
+        dbias.to((x if delta_bias is None else delta_bias).dtype),
+    )
+
+
+def _ss2d_inputs(x, feats, dt_weight, A, scan_order: ScanOrder) -> tuple[tuple[Tensor, ...], Tensor]:
+    """(u, delta, A, B, C) of the scan in scan order, and the features (B, K, R + 2N, L) they came from."""
+    R, N, dtype = dt_weight.shape[2], A.shape[1], compute_dtype(x)
+    u = scan_order.read_all(x[:, None], dtype).flatten(1, 2)
+    features = scan_order.read_all(feats, dtype)
+    delta = torch.matmul(dt_weight.to(dtype), features[:, :, :R]).flatten(1, 2)
+    return (u, delta, A, features[:, :, R : R + N], features[:, :, R + N :]), features
+
+
+def _merged(scan_order: ScanOrder, rows: Tensor) -> Tensor:
+    """(B, K, C, L) in scan order -> the sum over directions (B, C, H, W) in spatial order."""
+    total = scan_order.put_back(rows[:, 0], 0).contiguous()
+    for k in range(1, rows.shape[1]):
+        total += scan_order.put_back(rows[:, k], k)
+    return total
+
+
+def _batch_blocks(batch: int, cost: int):
+    return blocks(batch, max(1, _BUDGET // max(1, cost)))
+
+
+for _op in (shared_scan2d, shared_scan2d_backward, ss2d, ss2d_backward):
+    LIBRARY.impl(_op.__name__, _op, "CompositeExplicitAutograd")

@@ -1,0 +1,190 @@
+"""The scans in vectorised PyTorch: no Python loop over time, work space of a fixed size.
+
+Written for the CPU, where they are the implementation. They run on any device, and CUDA falls back on them where its kernels do
+not apply (float64, no CuPy). Two ways to compute the same thing, chosen by shape:
+
+    rows   every channel's states with time innermost, as the inputs lie: for small N, few channels, shared decays
+    steps  time outermost, so that one step is a wide vector: for the full scan with N > 2 and many channels
+
+Both write exp(dt A) as exp2(dt (A log2 e)): PyTorch's exp2 is about three times as fast as its exp on x86, and as accurate.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import checks
+from .library import LIBRARY
+from .recurrence import scan_rows, scan_steps_
+from .tiles import tiles
+
+LOG2_E = math.log2(math.e)
+
+# Elements of one work-space tensor; four (rows) or two (steps) of them are in use. Found by timing: they stay in cache.
+_ROWS_BUDGET = 1 << 18
+_STEPS_BUDGET = 3 << 18
+# States that advance together in a step (B x K x D x N of a tile), and the fewest for which "steps" is worth it.
+_STEP_WIDTH = 49_152
+_FEWEST_STATES = 1_024
+# Steps of a tile whose u, delta, B and C are transposed at a time, at most.
+_TRANSPOSED_BUDGET = 1 << 20
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic: float64 for float64 inputs, else float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, out_dtype=None):
+    """u, delta, z (B, K*D, L); A (K*D, N); B, C (B, K, N, L); D, delta_bias (K*D,). Returns (B, K*D, L)."""
+    checks.check_selective_scan(u, delta, A, B, C, D, z, delta_bias, out_dtype)
+    K = B.shape[1]
+
+    def grouped(tensor: Tensor | None, dim: int) -> Tensor | None:
+        return None if tensor is None else tensor.unflatten(dim, (K, -1))
+
+    out = torch.empty(u.shape, dtype=out_dtype or u.dtype, device=u.device)
+    arguments = grouped(u, 1), grouped(delta, 1), grouped(A, 0), B, C, grouped(delta_bias, 0), delta_softplus
+    _scan(*arguments, grouped(D, 0), grouped(z, 1), grouped(out, 1))
+    return out
+
+
+def linear_scan(a, b, C):
+    """a, C (B, K, N, L); b (B, K, R, N, L). Returns (B, K, R, L)."""
+    checks.check_linear_scan(a, b, C)
+    dtype = compute_dtype(a)
+    out = torch.empty(*b.shape[:3], b.shape[4], dtype=a.dtype, device=a.device)
+    for item, group, channel in tiles(*b.shape[:3], b.shape[3] * b.shape[4], _ROWS_BUDGET):
+        h = scan_rows(a[item, group, None].to(dtype), b[item, group, channel].to(dtype))
+        out[item, group, channel] = _read_states(h, C[item, group, None].to(dtype))
+    return out
+
+
+def shared_scan(u, delta, A, B, C, delta_bias=None, delta_softplus=False, out_dtype=None):
+    """u (B, K, R, L); delta (B, K, L); A (K, N); B, C (B, K, N, L); delta_bias (K,). Returns (B, K, R, L)."""
+    checks.check_shared_scan(u, delta, A, B, C, delta_bias, out_dtype)
+    out = torch.empty(u.shape, dtype=out_dtype or u.dtype, device=u.device)
+    bias = None if delta_bias is None else delta_bias[:, None]
+    _scan(u, delta[:, :, None], A[:, None], B, C, bias, delta_softplus, None, None, out)
+    return out
+
+
+def broadcast_add(y, u, D, out_dtype=None):
+    """y (B, K, 1, L); u (B, K*D, L); D (K*D,). Returns y + D*u, (B, K*D, L)."""
+    checks.check_broadcast_add(y, u, D, out_dtype)
+    dtype, K = compute_dtype(u), y.shape[1]
+    channels = u.unflatten(1, (K, -1))
+    if D is None:
+        out = y.to(dtype).expand(channels.shape)
+    else:
+        out = torch.addcmul(y.to(dtype), channels.to(dtype), D.to(dtype).view(K, -1, 1))
+    return out.to(out_dtype or u.dtype, memory_format=torch.contiguous_format).reshape(u.shape)
+
+
+def _scan(u, delta, A, B, C, bias, softplus, D, z, out):
+    """Fill `out` (B, K, D, L). u, z (B, K, D, L); delta (B, K, D or 1, L); A (K, D or 1, N); bias (K, D or 1); D (K, D)."""
+    batch, K, channels, length = u.shape
+    N = A.shape[2]
+    own_decay = delta.shape[2] == channels
+    states = batch * K * channels * N
+    if own_decay and N > 2 and channels >= 8 and states >= _FEWEST_STATES and length > 1:
+        _scan_by_steps(u, delta, A, B, C, bias, softplus, D, z, out)
+        return
+    for item, group, channel in tiles(batch, K, channels, N * length, _ROWS_BUDGET):
+        decay_channel = channel if own_decay else slice(None)
+        x = u[item, group, channel]
+        dt = step_size(delta[item, group, decay_channel], None if bias is None else bias[group, decay_channel], softplus, x)
+        a, b = discretise(dt, x, A[group, decay_channel], B[item, group])
+        y = _read_states(scan_rows(a, b, spoil=True), C[item, group, None].to(dt.dtype))
+        out[item, group, channel] = _with_skip_and_gate(
+            y, x, None if D is None else D[group, channel], None if z is None else z[item, group, channel]
+        )
+
+
+def step_size(delta: Tensor, bias: Tensor | None, softplus: bool, like: Tensor) -> Tensor:
+    """softplus?(delta + bias) in the compute dtype of `like`; delta (B, K, D, L), bias (K, D)."""
+    dtype = compute_dtype(like)
+    dt = torch.empty(delta.shape, dtype=dtype, device=delta.device)
+    if bias is None:
+        dt.copy_(delta)
+    else:
+        torch.add(delta.to(dtype), bias.to(dtype)[..., None], out=dt)
+    return F.softplus(dt, out=dt) if softplus else dt
+
+
+def discretise(dt: Tensor, u: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(dt A) (B, K, D or 1, N, L) and dt B u (B, K, D, N, L); dt (B, K, D or 1, L), A (K, D or 1, N), B (B, K, N, L)."""
+    a = torch.mul(dt[:, :, :, None], (A.to(dt.dtype) * LOG2_E)[..., None])
+    torch.exp2(a, out=a)
+    b = torch.mul((dt * u.to(dt.dtype))[:, :, :, None], B[:, :, None].to(dt.dtype))
+    return a, b
+
+
+def _read_states(h: Tensor, C: Tensor) -> Tensor:
+    """<C, h> over N, spoiling h: h (B, K, D, N, L), C (B, K, 1, N, L)."""
+    torch.mul(h, C, out=h)
+    return h[:, :, :, 0] if h.shape[3] == 1 else h.sum(3)
+
+
+def _with_skip_and_gate(y: Tensor, u: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """(y + D u) silu(z), spoiling y. All (B, K, D, L) but D (K, D)."""
+    if D is not None:
+        y.addcmul_(u.to(y.dtype), D[..., None].to(y.dtype))
+    if z is not None:
+        y.mul_(F.silu(z.to(y.dtype)))
+    return y
+
+
+def _scan_by_steps(u, delta, A, B, C, bias, softplus, D, z, out):
+    """`_scan` with time outermost. Tensors with a leading t below are (steps, pairs, ...), pairs = batch items x groups."""
+    batch, K, channels, length = u.shape
+    N, dtype, device = A.shape[2], compute_dtype(u), u.device
+    decay = (A.to(dtype) * LOG2_E).transpose(1, 2)  # (K, N, D)
+    for item, group, channel in tiles(batch, K, channels, N, _STEP_WIDTH):
+        x_tile, delta_tile = u[item, group, channel], delta[item, group, channel]
+        b_size, k_size, d_size = x_tile.shape[:3]
+        pairs = b_size * k_size
+        block = min(length, max(64, _TRANSPOSED_BUDGET // (pairs * d_size)))
+        steps = max(1, min(block, _STEPS_BUDGET // (pairs * d_size * N)))
+
+        t_dt = torch.empty(block, b_size, k_size, d_size, dtype=dtype, device=device)
+        t_x, t_y = torch.empty_like(t_dt), torch.empty_like(t_dt)
+        t_B = torch.empty(block, b_size, k_size, N, dtype=dtype, device=device)
+        t_C = torch.empty_like(t_B)
+        a = torch.empty(steps + 1, b_size, k_size, N, d_size, dtype=dtype, device=device)
+        h = torch.zeros_like(a)  # h[0] is the state before the segment, and a[0] stays unread
+        a_steps, h_steps = list(a.unbind(0)), list(h.unbind(0))
+        decay_tile = decay[group, :, channel].expand(b_size, -1, -1, -1).contiguous()
+        bias_tile = None if bias is None else bias[group, channel]
+
+        for start in range(0, length, block):
+            now = slice(start, min(start + block, length))
+            count = now.stop - start
+            dt = step_size(delta_tile[..., now], bias_tile, softplus, u)
+            x = x_tile[..., now]
+            t_dt[:count] = dt.permute(3, 0, 1, 2)
+            t_x[:count] = dt.mul_(x).permute(3, 0, 1, 2)
+            t_B[:count] = B[item, group, :, now].permute(3, 0, 1, 2)
+            t_C[:count] = C[item, group, :, now].permute(3, 0, 1, 2)
+            for first in range(0, count, steps):
+                size = min(steps, count - first)
+                part, filled = slice(first, first + size), slice(1, size + 1)
+                torch.mul(t_dt[part, :, :, None], decay_tile, out=a[filled])
+                torch.exp2(a[filled], out=a[filled])
+                torch.mul(t_x[part, :, :, None], t_B[part, ..., None], out=h[filled])
+                scan_steps_(a_steps[: size + 1], h_steps[: size + 1])
+                read = t_C[part].view(size * pairs, 1, N), h[filled].view(size * pairs, N, d_size)
+                torch.bmm(*read, out=t_y[part].view(size * pairs, 1, d_size))
+                h_steps[0].copy_(h_steps[size])
+            if D is None and z is None:
+                out[item, group, channel, now] = t_y[:count].permute(1, 2, 3, 0)
+            else:
+                y = dt.copy_(t_y[:count].permute(1, 2, 3, 0))
+                gate = None if z is None else z[item, group, channel, now]
+                out[item, group, channel, now] = _with_skip_and_gate(y, x, None if D is None else D[group, channel], gate)
+
+
+for _op in (selective_scan, linear_scan, shared_scan, broadcast_add):
+    LIBRARY.impl(_op.__name__, _op, "CompositeExplicitAutograd")
