@@ -142,8 +142,9 @@ class GraphReplay:
             torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
             # The autocast cache of weights must not be filled inside the capture and freed with it.
-            with torch.cuda.graph(self.graph), torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"),
-                                                              dtype=torch.get_autocast_dtype("cuda"), cache_enabled=False):  # fmt: skip
+            enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+            uncached = torch.autocast("cuda", enabled=enabled, dtype=dtype, cache_enabled=False)
+            with torch.cuda.graph(self.graph), uncached:
                 self.out = self.model(images)
         self.graph.replay()
         return self.out
@@ -185,7 +186,7 @@ def slowest_kernels(run: Callable[[Tensor], Tensor], images: Tensor) -> str:
 
 
 def load_official(path: str, extension: str | None) -> types.ModuleType:
-    """The official file with its own CUDA scan; only timm and fvcore, which it needs for training and counting, are stand-ins."""
+    """The official file with its own CUDA scan; timm and fvcore, needed for training and counting, are stand-ins."""
     if "official_vmamba" in sys.modules:
         return sys.modules["official_vmamba"]
     stand_ins = {n: types.ModuleType(n) for n in ("timm", "timm.models", "timm.models.layers", "fvcore", "fvcore.nn")}

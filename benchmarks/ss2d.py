@@ -65,6 +65,19 @@ def check(inputs, parameters, out, dtype):
     return error
 
 
+def measure(batch, D, side, R, N, dtype, channels_last):
+    """Seconds of a call, and its relative error."""
+    parameters = make_parameters(D, R, N, dtype)
+    count = 4 if batch * D * side * side * dtype.itemsize < 2**28 else 2
+    sets = [make_inputs(batch, D, side, R, N, dtype, channels_last) for _ in range(count)]
+
+    def call(inputs):
+        return ops.ss2d(*inputs, *parameters, DIRECTIONS, None, True)
+
+    error = check(sets[0], parameters, call(sets[0]), dtype)
+    return median_time(call, sets), error
+
+
 def median_time(call, sets, replays=25):
     """Median seconds of one call over graph replays that go through all input sets."""
     repeats = 2
@@ -123,24 +136,16 @@ def main():
     processors, clock, bandwidth = properties.multi_processor_count, clock_hz(), copy_speed()
     torch.manual_seed(0)
 
-    rows, sums = [], []
+    rows, sums, measured = [], [], {}
     for model in arguments.models:
         for batch in arguments.batches:
             total = 0.0
             for sites, D, side, R, N in stages(model, arguments.resolution):
-                parameters = make_parameters(D, R, N, dtype)
-                size = batch * D * side * side * dtype.itemsize
-                sets = [
-                    make_inputs(batch, D, side, R, N, dtype, arguments.channels_last)
-                    for _ in range(4 if size < 2**28 else 2)
-                ]
-
-                def call(inputs, parameters=parameters):
-                    return ops.ss2d(*inputs, *parameters, DIRECTIONS, None, True)
-
-                error = check(sets[0], parameters, call(sets[0]), dtype)
-                seconds = median_time(call, sets)
-                arithmetic, memory = floors(batch, D, side, R, N, dtype.itemsize, processors, clock, bandwidth)
+                case = (batch, D, side, R, N)
+                if case not in measured:  # models share sizes
+                    measured[case] = measure(*case, dtype, arguments.channels_last)
+                seconds, error = measured[case]
+                arithmetic, memory = floors(*case, dtype.itemsize, processors, clock, bandwidth)
                 total += sites * seconds
                 floor = max(arithmetic, memory)
                 rows.append(

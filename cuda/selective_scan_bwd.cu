@@ -74,7 +74,7 @@ __device__ __forceinline__ float team_sum(float v) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan_bwd(const Params p) {
     // sums[team][dB or dC][tile state][step of the chunk]; then per channel of the block: w and dA per state, dD and dbias.
-    extern __shared__ float shared[];
+    extern __shared__ __align__(16) float shared[];
     float *sums = shared;
     float *w_carry = sums + TEAMS * 2 * TILE * CHUNK;
     float *dA_sum = w_carry + p.per_block * NSTATE;
@@ -173,6 +173,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) selective_scan
                     if (lane == 0) before = start;
                     float after = __shfl_down_sync(FULL, w, 1, TPR);
                     if (lane == TPR - 1) after = w_end;
+                    __syncwarp();  // every lane has read the old carry
                     if (lane == 0 && live) w_carry[local * NSTATE + n] = w;
 
                     float dA = 0.f;

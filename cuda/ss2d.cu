@@ -20,13 +20,16 @@
 // Steps are in base 2: dt / ln 2 = log2(1 + 2^(z log2 e)), which saves multiplications; y is scaled by ln 2 at the end.
 //
 // Macros, all integers. Types (0 float, 1 half, 2 bfloat16): X_TYPE, F_TYPE, W_TYPE, A_TYPE, D_TYPE, BIAS_TYPE, OUT_TYPE.
-// RANK, NSTATE, SOFTPLUS. SEG, WARPS, FRONTS, TEAMS (teams in a block), MIN_BLOCKS, RING (a power of 2, at least WARPS + 2).
-// HEIGHT, WIDTH, PITCH, F_STRIDE: known at compile time, or 0 to take them from the arguments. WHOLE: SEG divides H and W, so
+// RANK, NSTATE, SOFTPLUS. SEG, WARPS, FRONTS, TEAMS (teams in a block), MIN_BLOCKS, RING (a power of 2, at least WARPS + 2),
+// LINKS_BYTES (what the host takes the size of struct Links to be).
+// HEIGHT: 0 to take sizes and strides from the arguments, else it and WIDTH, PITCH, PLANE, X_OFFSETS, Y_OFFSETS, F_STRIDE (of
+// positions in feats) and X_STRIDE (of channels in x) are known at compile time. WHOLE: SEG divides H and W, so
 // no segment turns a corner. SPECIAL (with WHOLE): the four directions of walking are compiled apart. STEADY (with WHOLE): tiles and rounds of tiles are
 // whole lines. ORDER: positions come from a table.
-// X_LAYOUT: 0 any strides, 1 unit stride along W, even sizes, aligned to 2 elements, 2 channels last, D a multiple of 8,
-// aligned to 8. OUT_PAIRS: W even. MMA: tensor cores, for half or bfloat16 features with unit stride along channels, R even;
-// FETCH: 4-byte words in a feature load; SPLIT: weights as sums of two F_TYPE values. SPILL: the team's x and y are in device
+// FULL: 8 channels for every team. X_LAYOUT: 0 any strides; with FULL, 1 unit stride along W, even sizes, aligned to 2
+// elements, 2 channels last, aligned to 8. OUT_PAIRS: W even. MMA: tensor cores, for half or bfloat16 features with unit stride along channels, R even;
+// FETCH: 4-byte words in a feature load; BC_APART: B and C are loaded by every lane and not picked by mma, for ranks that fill
+// the lanes' loads without them; SPLIT: weights as sums of two F_TYPE values. SPILL: the team's x and y are in device
 // memory (`work`), for maps too large for shared memory.
 #include "common.cuh"
 #include "ss2d_parts.cuh"
@@ -102,7 +105,7 @@ struct Walk {
 template <int KIND> __device__ __forceinline__ void scan_direction(const Params &p, const Site &site, int height, int width, int pitch) {
     const int pair = site.lane & 3, segment = site.lane >> 2, k = site.k, channels = (int)p.channels;
 
-    const int64 f_p = F_STRIDE ? F_STRIDE : p.f_p;
+    const int64 f_p = HEIGHT ? F_STRIDE : p.f_p;
     const f_type *feats = (const f_type *)p.feats + site.batch * p.f_b + k * p.f_k;
 #if !ORDER
     const int code = (int)(p.codes >> (4 * k)) & 7;
@@ -145,8 +148,8 @@ template <int KIND> __device__ __forceinline__ void scan_direction(const Params 
 #endif
 
     // Channels past the end compute on the last one's parameters and on x = 0, and are not written.
-    const int64 row0 = (int64)k * channels + min(site.first_channel + 2 * pair, channels - 1);
-    const int64 row1 = (int64)k * channels + min(site.first_channel + 2 * pair + 1, channels - 1);
+    const int row0 = k * channels + min(site.first_channel + 2 * pair, channels - 1);
+    const int row1 = k * channels + min(site.first_channel + 2 * pair + 1, channels - 1);
     float bias[4] = {0.f, 0.f, 0.f, 0.f};
     if (p.bias) {
         const Element<BIAS_TYPE>::type *source = (const Element<BIAS_TYPE>::type *)p.bias;
@@ -160,7 +163,7 @@ template <int KIND> __device__ __forceinline__ void scan_direction(const Params 
 #if MMA
     // Column `segment` of the right-hand operand: the weights of channel first_channel + segment.
     const int column_channel = site.first_channel + segment;
-    const w_type *weight_row = column_channel < channels ? weight + ((int64)k * channels + column_channel) * RANK : nullptr;
+    const w_type *weight_row = column_channel < channels ? weight + (k * channels + column_channel) * RANK : nullptr;
     uint_t high[2 * KSTEPS], low[2 * KSTEPS], one_hot[2] = {0u, 0u};
 #pragma unroll
     for (int j = 0; j < 2 * KSTEPS; ++j) {
@@ -169,13 +172,13 @@ template <int KIND> __device__ __forceinline__ void scan_direction(const Params 
     }
     // B is the low half of feature word RANK/2, C the high half: even columns pick B, odd ones C.
     constexpr int BC = (RANK / 2) / (4 * FETCH) * FETCH + (RANK / 2) % FETCH;
-    if (NSTATE == 1 && word_of(BC, pair) == RANK / 2)
+    if (BC_BY_MMA && word_of(BC, pair) == RANK / 2)
         one_hot[BC & 1] = (uint_t)Element<F_TYPE>::narrow(1.f) << (segment & 1 ? 16 : 0);
 #else
     const w_type *w0 = weight + row0 * RANK, *w1 = weight + row1 * RANK;
 #endif
 
-    const uint_t chain = shared_address(site.links->state[site.front][0][0] + 2 * pair);
+    const uint_t chain = shared_address(site.links->state[site.front][0][0] + 2 * pair);  // slots of this pair's channels
 #if WARPS == 1 && NSTATE == 1
     float carry[2] = {0.f, 0.f};
 #endif
@@ -191,6 +194,11 @@ template <int KIND> __device__ __forceinline__ void scan_direction(const Params 
 #if !SMALL
         fetch(steps);
 #endif
+#if BC_APART
+        uint_t bc_words[SEG];
+#pragma unroll
+        for (int i = 0; i < SEG; ++i) bc_words[i] = __ldg((const uint_t *)(record + steps.from_first(i) * f_p) + RANK / 2);
+#endif
 #pragma unroll
         for (int i = 0; i < PAIRS_OF_STEPS; ++i) {
             const uint_t *even = words[2 * i], *odd = words[2 * i + 1];
@@ -198,7 +206,7 @@ template <int KIND> __device__ __forceinline__ void scan_direction(const Params 
 #if SMALL
             mma8(z, even[0], odd[0], high[0], bias);
             mma8(z, even[0], odd[0], low[0], z);
-            if (NSTATE == 1) mma8(bc, even[0], odd[0], one_hot[0], bc);
+            if (BC_BY_MMA) mma8(bc, even[0], odd[0], one_hot[0], bc);
 #else
 #pragma unroll
             for (int s = 0; s < KSTEPS; ++s) {
@@ -206,7 +214,7 @@ template <int KIND> __device__ __forceinline__ void scan_direction(const Params 
                 const uint_t a[4] = {even[2 * s], odd[2 * s], full ? even[full ? 2 * s + 1 : 0] : 0u, full ? odd[full ? 2 * s + 1 : 0] : 0u};
                 mma16(z, a, high[2 * s], high[2 * s + 1], s == 0 ? bias : z);
                 if (SPLIT) mma16(z, a, low[2 * s], low[2 * s + 1], z);
-                if (NSTATE == 1 && s == BC / 2) mma16(bc, a, one_hot[0], one_hot[1], bc);
+                if (BC_BY_MMA && s == BC / 2) mma16(bc, a, one_hot[0], one_hot[1], bc);
             }
 #endif
 #pragma unroll
@@ -243,6 +251,14 @@ template <int KIND> __device__ __forceinline__ void scan_direction(const Params 
         }
 #endif
 
+#if MMA && BC_APART
+#pragma unroll
+        for (int i = 0; i < SEG; ++i) {
+            const float2 bc = Couple<F_TYPE>::widen(bc_words[i]);
+            b_of[i] = bc.x;
+            c_of[i] = bc.y;
+        }
+#endif
         if (tile + WARPS < site.tiles) {
 #if !ORDER && WHOLE
             if (STEADY) {
@@ -304,17 +320,15 @@ template <int KIND> __device__ __forceinline__ void scan_direction(const Params 
                 shift_right(before_decay[c], before[c]);
             }
 #if WARPS > 1 || NSTATE > 1
-            if (segment == 7) {
-                const uint_t tag = (uint_t)(site.turn * site.tiles + tile);  // of the state before this tile
-                h[0] = h[1] = 0.f;
-                if (tile > 0) await_state(chain + (n * RING + (tag & (RING - 1))) * 64, tag, h);
-                if (tile + 1 < site.tiles)
-                    publish(chain + (n * RING + ((tag + 1) & (RING - 1))) * 64, fmaf(decay[0], h[0], state[0]), fmaf(decay[1], h[1], state[1]),
-                            tag + 1);
-            }
-            __syncwarp();
+            const uint_t tag = (uint_t)(site.turn * site.tiles + tile);  // of the state before this tile
+            float entry = 0.f;  // of the pair's first channel in even segments, of its second in odd ones
+            if (tile > 0) entry = await_state(chain + (n * RING + (tag & (RING - 1))) * 64 + 8 * (segment & 1), tag);
+            h[0] = __shfl_sync(0xffffffffu, entry, pair);
+            h[1] = __shfl_sync(0xffffffffu, entry, pair + 4);
+            publish(chain + (n * RING + ((tag + 1) & (RING - 1))) * 64, fmaf(decay[0], h[0], state[0]), fmaf(decay[1], h[1], state[1]), tag + 1,
+                    segment == 7 && tile + 1 < site.tiles);
 #pragma unroll
-            for (int c = 0; c < 2; ++c) h[c] = fmaf(before_decay[c], __shfl_sync(0xffffffffu, h[c], 28 + pair), before[c]);
+            for (int c = 0; c < 2; ++c) h[c] = fmaf(before_decay[c], h[c], before[c]);
 #else
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
@@ -360,40 +374,49 @@ template <int KIND> __device__ __forceinline__ void scan_direction(const Params 
                     sum[i].x += y[step][0];
                     sum[i].y += y[step][1];
 #endif
-                    if (start + (WHOLE && !ORDER ? 0 : step) < length) y_of_lane[steps.place(step)] = sum[i];
+                    if (STEADY || start + (WHOLE && !ORDER ? 0 : step) < length) y_of_lane[steps.place(step)] = sum[i];
                 }
         }
 #if FRONTS == 2
-        __syncwarp();
-        if (is_first && site.lane == 0) store_release(visited, site.turn + 1);
+        if (is_first) store_release(visited, site.turn + 1, site.lane);
 #endif
     }
-    __syncwarp();
-    if (MEMBERS > 32 && site.lane == 0) add_release(&site.links->finished);
+    if (MEMBERS > 32) add_release(&site.links->finished, site.lane);
+    else __syncwarp();
 }
 
 extern "C" __global__ void __launch_bounds__(MEMBERS * TEAMS, MIN_BLOCKS) ss2d(const Params p) {
     extern __shared__ float4 dynamic_shared[];
-    const int team = threadIdx.x / MEMBERS, member = threadIdx.x - team * MEMBERS;
+    // The same in all lanes, and known to be: see publish().
+    const int warp = __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0), team = warp / (WARPS * FRONTS);
+    const int member = threadIdx.x - team * MEMBERS;
     const int channels = (int)p.channels, directions = (int)p.directions;
-    const int height = HEIGHT ? HEIGHT : (int)p.height, width = WIDTH ? WIDTH : (int)p.width, pitch = PITCH ? PITCH : (int)p.pitch;
+    const int height = HEIGHT ? HEIGHT : (int)p.height, width = HEIGHT ? WIDTH : (int)p.width;
+    const int pitch = HEIGHT ? PITCH : (int)p.pitch, plane = HEIGHT ? PLANE : (int)p.plane;
     const int groups = (channels + 7) / 8, blocks = (groups + TEAMS - 1) / TEAMS;
 
     Site site;
     site.batch = blockIdx.x / blocks;
     site.first_channel = 8 * ((int)(blockIdx.x - site.batch * blocks) * TEAMS + team);
-    site.front = FRONTS > 1 ? member / (32 * WARPS) : 0;
-    site.warp = member / 32 - site.front * WARPS;
+    site.front = warp / WARPS % FRONTS;
+    site.warp = warp % WARPS;
     site.lane = threadIdx.x & 31;
     site.tiles = (height * width + 8 * SEG - 1) / (8 * SEG);
-    const int plane = (int)p.plane, team_bytes = 4 * plane * (int)(sizeof(float2) + sizeof(x_couple));
+    const int team_bytes = 4 * plane * (int)(sizeof(float2) + sizeof(x_couple));
     site.links = (Links *)dynamic_shared + team;
 #if SPILL
     char *memory = (char *)p.work + ((int64)blockIdx.x * TEAMS + team) * team_bytes;
 #else
     char *memory = (char *)((Links *)dynamic_shared + TEAMS) + team * team_bytes;
 #endif
-    site.stage = {(float2 *)memory, (x_couple *)(memory + 4 * plane * sizeof(float2)), width, height * width, pitch - width, plane, p.x_offsets, p.y_offsets};
+    site.stage.y = (float2 *)memory;
+    site.stage.x = (x_couple *)(memory + 4 * plane * sizeof(float2));
+    site.stage.width = width;
+    site.stage.length = height * width;
+    site.stage.pad = pitch - width;
+    site.stage.plane = plane;
+    site.stage.x_offsets = HEIGHT ? X_OFFSETS : (uint_t)p.x_offsets;
+    site.stage.y_offsets = HEIGHT ? Y_OFFSETS : (uint_t)p.y_offsets;
     const int live = channels - site.first_channel;
     site.stage.read(p, (const x_type *)p.x + site.batch * p.x_b + site.first_channel * p.x_c, live, member);
     prefetch_later_block(p, blocks, team, member, site.stage.length);
@@ -402,7 +425,7 @@ extern "C" __global__ void __launch_bounds__(MEMBERS * TEAMS, MIN_BLOCKS) ss2d(c
 
 #pragma unroll 1
     for (site.turn = 0; site.turn * FRONTS < directions; ++site.turn) {
-        site.k = (int)(p.sequence >> (4 * (site.turn * FRONTS + site.front))) & 15;
+        site.k = ORDER ? site.turn : (int)(p.sequence >> (4 * (site.turn * FRONTS + site.front))) & 15;
 #if !SPECIAL
         scan_direction<-1>(p, site, height, width, pitch);
 #else

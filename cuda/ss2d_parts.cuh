@@ -9,7 +9,8 @@ struct Params {
 };
 
 #define PAIRS_OF_STEPS ((SEG + 1) / 2)
-#define MMA_WORDS ((RANK + (NSTATE == 1 ? 2 : 0)) / 2)
+#define BC_BY_MMA (NSTATE == 1 && !BC_APART)
+#define MMA_WORDS ((RANK + (BC_BY_MMA ? 2 : 0)) / 2)
 #define LANE_WORDS (FETCH * ((MMA_WORDS + 4 * FETCH - 1) / (4 * FETCH)))
 #define KSTEPS ((LANE_WORDS + 1) / 2)
 // One word per lane: mma.k8, with the weights' high and low parts one after the other.
@@ -172,38 +173,47 @@ struct __align__(16) Links {
     uint_t visited[FRONTS > 1 ? MAX_TILES : 1];         // by tile of the map: how many rounds of directions have passed it once
     uint_t finished;                                    // how often a warp has finished a direction
 };
+static_assert(sizeof(Links) == LINKS_BYTES, "the host reserves another size for Links");
 
-// A state and its tag are one 64-bit word, written and read in one access: a matching tag vouches for the state.
-__device__ __forceinline__ void publish(uint_t slot, float h0, float h1, uint_t tag) {
-    asm volatile("{.reg .b64 lo, hi; mov.b64 lo, {%1, %3}; mov.b64 hi, {%2, %3}; st.volatile.shared.v2.b64 [%0], {lo, hi};}" ::"r"(slot),
-                 "f"(h0), "f"(h1), "r"(tag)
+// A state and its tag are one 64-bit word, written and read in one access: a matching tag vouches for the state. All of this
+// is free of branches that the compiler could take for divergent: behind one, every shuffle takes a slow path.
+__device__ __forceinline__ void publish(uint_t slots, float h0, float h1, uint_t tag, bool writes) {
+    asm volatile(
+        "{.reg .pred writes; .reg .b64 lo, hi; setp.ne.u32 writes, %4, 0; mov.b64 lo, {%1, %3}; mov.b64 hi, {%2, %3};"
+        "@writes st.volatile.shared.v2.b64 [%0], {lo, hi};}" ::"r"(slots),
+        "f"(h0), "f"(h1), "r"(tag), "r"((uint_t)writes)
+        : "memory");
+}
+
+__device__ __forceinline__ float await_state(uint_t slot, uint_t tag) {
+    float h;
+    uint_t seen;
+    do {
+        asm volatile("{.reg .b64 both; ld.volatile.shared.b64 both, [%2]; mov.b64 {%0, %1}, both;}" : "=f"(h), "=r"(seen) : "r"(slot) : "memory");
+    } while (__any_sync(0xffffffffu, seen != tag));
+    return h;
+}
+
+// By lane 0 alone, for all its warp has done.
+__device__ __forceinline__ void store_release(uint_t *word, uint_t value, int lane) {
+    __syncwarp();
+    asm volatile("{.reg .pred first; setp.eq.s32 first, %2, 0; @first st.release.cta.shared.u32 [%0], %1;}" ::"r"(shared_address(word)),
+                 "r"(value), "r"(lane)
                  : "memory");
 }
 
-__device__ __forceinline__ void await_state(uint_t slot, uint_t tag, float *h) {
-    uint_t tag0, tag1;
-    do {
-        asm volatile("{.reg .b64 lo, hi; ld.volatile.shared.v2.b64 {lo, hi}, [%4]; mov.b64 {%0, %1}, lo; mov.b64 {%2, %3}, hi;}"
-                     : "=f"(h[0]), "=r"(tag0), "=f"(h[1]), "=r"(tag1)
-                     : "r"(slot)
-                     : "memory");
-    } while (tag0 != tag || tag1 != tag);
-}
-
-__device__ __forceinline__ void store_release(uint_t *word, uint_t value) {
-    asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(shared_address(word)), "r"(value) : "memory");
-}
-
-__device__ __forceinline__ void add_release(uint_t *word) {
-    asm volatile("red.release.cta.shared.add.u32 [%0], 1;" ::"r"(shared_address(word)) : "memory");
+__device__ __forceinline__ void add_release(uint_t *word, int lane) {
+    __syncwarp();
+    asm volatile("{.reg .pred first; setp.eq.s32 first, %1, 0; @first red.release.cta.shared.add.u32 [%0], 1;}" ::"r"(shared_address(word)),
+                 "r"(lane)
+                 : "memory");
 }
 
 __device__ __forceinline__ void await_at_least(const uint_t *word, uint_t value) {
     uint_t seen;
     do {
         asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(seen) : "r"(shared_address(word)) : "memory");
-    } while (seen < value);
-    __syncwarp();
+    } while (__any_sync(0xffffffffu, seen < value));
 }
 
 __device__ __forceinline__ void team_barrier() {
@@ -230,7 +240,7 @@ struct Stage {
     float2 *y;
     x_couple *x;
     int width, length, pad, plane;
-    int64 x_offsets, y_offsets;
+    uint_t x_offsets, y_offsets;
 
     __device__ __forceinline__ x_couple *x_of(int pair) const { return x + pair * plane + (int)((x_offsets >> (8 * pair)) & 255); }
     __device__ __forceinline__ float2 *y_of(int pair) const { return y + pair * plane + (int)((y_offsets >> (8 * pair)) & 255); }
@@ -242,42 +252,41 @@ struct Stage {
 
     // x (8 channels from `source`, `live` of them exist) to shared memory, and zeros to y.
     __device__ __forceinline__ void read(const Params &p, const x_type *source, int live, int member) const {
+        const int64 x_c = HEIGHT ? X_STRIDE : p.x_c;
 #if X_LAYOUT == 2
         clear_y(member);
 #pragma unroll 4
         for (int position = member; position < length; position += MEMBERS) {
             Pack<X_TYPE, 8> pack;
-            if (live > 0) pack.load(source + position * p.x_p);
-            else pack.zero();
+            pack.load(source + position * p.x_p);
             const int place = place_of(position);
 #pragma unroll
             for (int j = 0; j < 4; ++j) x_of(j)[place] = ((const x_couple *)pack.raw)[j];
         }
 #elif X_LAYOUT == 1
         constexpr int BATCH = 4;
-        x_couple lo[BATCH][4], hi[BATCH][4];
         for (int from = 2 * member; from == 2 * member || from < length; from += BATCH * 2 * MEMBERS) {
+            x_couple rows[BATCH][8];
 #pragma unroll
             for (int i = 0; i < BATCH; ++i) {
                 const int position = from + i * 2 * MEMBERS;
+                if (position < length) {
 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    const x_type *row = source + 2 * j * p.x_c + position;
-                    lo[i][j] = position < length && live > 2 * j ? __ldg((const x_couple *)row) : x_couple();
-                    hi[i][j] = position < length && live > 2 * j + 1 ? __ldg((const x_couple *)(row + p.x_c)) : x_couple();
+                    for (int c = 0; c < 8; ++c) rows[i][c] = __ldg((const x_couple *)(source + position + c * x_c));
                 }
             }
             if (from == 2 * member) clear_y(member);  // while the loads are under way
 #pragma unroll
             for (int i = 0; i < BATCH; ++i) {
                 const int position = from + i * 2 * MEMBERS, place = place_of(position);
-                if (position >= length) continue;
+                if (position < length) {
 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    x_couple first, second;
-                    XCouple::transpose(lo[i][j], hi[i][j], first, second);
-                    x_of(j)[place] = first;
-                    x_of(j)[place + 1] = second;
+                    for (int j = 0; j < 4; ++j) {
+                        x_couple first, second;
+                        XCouple::transpose(rows[i][2 * j], rows[i][2 * j + 1], first, second);
+                        x_of(j)[place] = first;
+                        x_of(j)[place + 1] = second;
+                    }
                 }
             }
         }
@@ -287,7 +296,7 @@ struct Stage {
         for (int position = member; position < length; position += MEMBERS) {
             x_type v[8];
 #pragma unroll
-            for (int c = 0; c < 8; ++c) v[c] = c < live ? __ldg(source + c * p.x_c + position * p.x_p) : (x_type)0;
+            for (int c = 0; c < 8; ++c) v[c] = c < live ? __ldg(source + c * x_c + position * p.x_p) : (x_type)0;
             const int place = place_of(position);
 #pragma unroll
             for (int j = 0; j < 4; ++j) x_of(j)[place] = XCouple::make(v[2 * j], v[2 * j + 1]);
@@ -309,8 +318,8 @@ struct Stage {
                 const float2 v0 = from[place], v1 = from[place + 1];
                 const float2 x0 = XCouple::widen(x_from[place]), x1 = XCouple::widen(x_from[place + 1]);
                 const float skip_lo = skip[2 * j], skip_hi = skip[2 * j + 1];
-                if (live > 2 * j) Couple<OUT_TYPE>::store(lo + position, fmaf(v0.x, LN2, skip_lo * x0.x), fmaf(v1.x, LN2, skip_lo * x1.x));
-                if (live > 2 * j + 1)
+                if (FULL || live > 2 * j) Couple<OUT_TYPE>::store(lo + position, fmaf(v0.x, LN2, skip_lo * x0.x), fmaf(v1.x, LN2, skip_lo * x1.x));
+                if (FULL || live > 2 * j + 1)
                     Couple<OUT_TYPE>::store(hi + position, fmaf(v0.y, LN2, skip_hi * x0.y), fmaf(v1.y, LN2, skip_hi * x1.y));
             }
 #else
@@ -318,8 +327,8 @@ struct Stage {
             for (int position = member; position < length; position += MEMBERS) {
                 const int place = place_of(position);
                 const float2 v = from[place], x0 = XCouple::widen(x_from[place]);
-                if (live > 2 * j) Element<OUT_TYPE>::store(lo + position, fmaf(v.x, LN2, skip[2 * j] * x0.x));
-                if (live > 2 * j + 1) Element<OUT_TYPE>::store(hi + position, fmaf(v.y, LN2, skip[2 * j + 1] * x0.y));
+                if (FULL || live > 2 * j) Element<OUT_TYPE>::store(lo + position, fmaf(v.x, LN2, skip[2 * j] * x0.x));
+                if (FULL || live > 2 * j + 1) Element<OUT_TYPE>::store(hi + position, fmaf(v.y, LN2, skip[2 * j + 1] * x0.y));
             }
 #endif
         }

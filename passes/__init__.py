@@ -1,5 +1,6 @@
 """Graph passes: each one function ``(gm, ...) -> gm`` in its own file. A lossy pass says so in its first line."""
 
+from .channels_last import channels_last
 from .cleanup import cleanup
 from .drop_annihilated import drop_annihilated
 from .functionalize import functionalize
@@ -12,7 +13,7 @@ from .merge_skips import merge_skips
 __all__ = [
     "Pass",
     "PassRecord",
-    "check_graph", "cleanup",
+    "channels_last", "check_graph", "cleanup",
     "drop_annihilated",
     "functionalize",
     "fuse_ss2d",

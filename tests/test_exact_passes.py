@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from vmeanba_fx.passes.fuse_ss2d import NOT_FUSED
 
 import vmeanba_fx
 from tests import zoo
@@ -17,9 +18,8 @@ from vmeanba_fx.evaluate import Unprovable, evaluate
 from vmeanba_fx.graph import aten, scan_nodes
 from vmeanba_fx.models import VSSM
 from vmeanba_fx.ops.directions import direction_table
-from vmeanba_fx.passes.fuse_ss2d import NOT_FUSED
 
-EXACT = ("drop_annihilated", "merge_skips", "fuse_ss2d", "cleanup")
+EXACT = ("drop_annihilated", "merge_skips", "fuse_ss2d", "channels_last", "cleanup")
 BOUND = {torch.float32: 1e-5, torch.float64: 1e-12}
 OURS = torch.ops.vmeanba_fx
 COMMON = {"depths": [1, 1], "dims": 12, "patch_size": 4, "in_chans": 3, "num_classes": 5, "imgsize": 32}

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import vmeanba_fx
 from tests.helpers import make_scan_matter
 from tests.official import load_official
 from tests.symbolic_models import (
@@ -41,6 +42,9 @@ from tests.symbolic_models import (
 )
 from vmeanba_fx import models
 from vmeanba_fx.symbolic import GuardError, SymbolicTraceError, is_scan_signature, symbolic_trace
+
+# einops scripts its layers at import; one test scripts a module itself.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 
 decorated_scan = decorated(scan_fn)
 closure_scan = make_closure(True)
@@ -161,7 +165,6 @@ def test_structured_results():
     assert torch.equal(result.logits, images(3).mean()) and torch.equal(result.maps[1]["twice"], images(3) * 2)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_scripted_module_is_a_leaf():
     model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())), Small(pad_to_even))
     gm = symbolic_trace(model, images())
@@ -189,8 +192,10 @@ def test_leaf_functions():
 
 def test_einops_on_proxies():
     einops = pytest.importorskip("einops")
-    model = Small(lambda self, x: einops.rearrange(x, "b c (h p) w -> (b p) (h w) c", p=2))
+    layer = pytest.importorskip("einops.layers.torch").Rearrange("b c h w -> b w c h")
+    model = nn.Sequential(layer, Small(lambda self, x: einops.rearrange(x, "b c (h p) w -> (b p) (h w) c", p=1)))
     gm = symbolic_trace(model, images())
+    assert guards_of(gm) == []
     assert_equal(gm, model, images(3, 8, 5))
 
 
@@ -234,6 +239,15 @@ def test_graph_is_readable_and_usable():
     assert len(guards_of(traced_twice)) == len(guards_of(gm)) and torch.equal(traced_twice(x), expected)
 
 
+@pytest.mark.parametrize("name", ["module global", "captured apply", "method"])
+def test_capture_takes_a_traced_graph(name):
+    model = REFERENCES[name][0]().eval()
+    captured = vmeanba_fx.capture(symbolic_trace(model, images()), (images(),))
+    scan = torch.ops.vmeanba_fx.selective_scan.default
+    assert len([n for n in captured.graph.nodes if n.target is scan]) == 1
+    torch.testing.assert_close(captured(images(3)), model(images(3)))
+
+
 def test_export_with_dynamic_batch():
     gm = symbolic_trace(ByGlobal().eval(), images())
     program = torch.export.export(gm, (images(),), dynamic_shapes=({0: torch.export.Dim("batch", max=64)},))
@@ -245,6 +259,8 @@ def test_bad_arguments():
         symbolic_trace(ByGlobal(), torch.zeros(1, 4, 5, 5))
     with pytest.raises(TypeError, match=r"takes an nn\.Module, not function"):
         symbolic_trace(scan_fn, images())
+    with pytest.raises(TypeError, match="the model is compiled"):
+        symbolic_trace(torch.compile(nn.Identity()), images())
     with pytest.raises(TypeError, match="needs example inputs"):
         symbolic_trace(nn.Identity())
     with pytest.raises(TypeError, match="2 example inputs were given"):

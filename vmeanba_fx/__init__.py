@@ -33,12 +33,14 @@ from .plan import Plan
 from .registry import ScanCall, register_scan
 from .report import Report, report
 from .sites import Site, find_sites
+from .symbolic import GuardError, SymbolicTraceError, symbolic_trace
 
 __all__ = [
     "Batch",
     "CalibrationError",
     "CaptureError",
     "GraphCheckError",
+    "GuardError",
     "NoSitesError",
     "Plan",
     "PlanError",
@@ -46,11 +48,13 @@ __all__ = [
     "ScanCall",
     "Site",
     "SiteError",
+    "SymbolicTraceError",
     "VMeanbaError",
     "calibrate",
     "capture",
     "find_sites",
     "register_scan",
     "report",
+    "symbolic_trace",
     "transform",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import itertools
 import json
@@ -25,7 +24,7 @@ from .errors import CalibrationError, PlanError
 from .execute import Executor, State
 from .files import read_json, write_atomically
 from .fingerprint import Fingerprint
-from .graph import SITE, graph_modules, scan_nodes
+from .graph import SITE, copy_graph, graph_modules, scan_nodes
 from .metrics import Batch, Metric, kl, resolve_metric, score, unpack
 from .passes.mean_scan import Mean, check_mean, mean_scan, mean_scan_tensors, scan_arguments
 from .plan import Plan
@@ -175,8 +174,8 @@ class _Scorer:
         batch = batch.to(self.executor.device)
         try:
             base, state = self.executor.run(*batch.args, **batch.kwargs)
-        except (RuntimeError, AssertionError, ValueError, TypeError, KeyError) as error:
-            why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
             notes = capture_info(self.gm).notes
             raise CalibrationError(
                 f"batch {index} ({_shapes(batch)}) does not fit the captured graph: {'; '.join((why, *notes))}"
@@ -262,7 +261,7 @@ class _Point:
                 module = gm.get_submodule(str(node.target)) if _is_module(gm, str(node.target)) else None
                 if isinstance(module, fx.GraphModule) and any(o is owner for o in graph_modules(module)):
                     self.node = node
-                    self.patched = mean_scan(copy.deepcopy(module), [site.name], mean=mean)
+                    self.patched = mean_scan(copy_graph(module), [site.name], mean=mean)
                     return
         raise CalibrationError(f"{site.name}: its scan lies in a sub-graph that the top-level graph does not reach")
 

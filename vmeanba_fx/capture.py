@@ -24,7 +24,19 @@ from torch.export import Dim, ExportedProgram
 from . import ops
 from .discovery import Discovery
 from .errors import CaptureError
-from .graph import SCAN, fake_mode, SITE, graph_modules, module_path, mutates, remove_dead_code, scan_nodes, site_names, strip_metadata
+from .graph import (
+    SCAN,
+    SITE,
+    copy_graph,
+    fake_mode,
+    graph_modules,
+    module_path,
+    mutates,
+    remove_dead_code,
+    scan_nodes,
+    site_names,
+    strip_metadata,
+)
 from .guards import drop_needless_guards, failed_guard
 from .intercept import _LOCK, cpu_device_guard, intercept
 from .ops.last_state import last_state
@@ -57,6 +69,11 @@ class CaptureInfo:
     def batch_dynamic(self) -> bool:
         """True where the graph runs for any batch size."""
         return any(dim == 0 for _, dim in self.dynamic)
+
+
+def is_captured(model: object) -> bool:
+    """Whether ``model`` is a graph that :func:`capture` made."""
+    return isinstance(model, fx.GraphModule) and _META in model.meta
 
 
 def capture_info(gm: fx.GraphModule) -> CaptureInfo:
@@ -98,8 +115,8 @@ def capture(
     kwargs = dict(kwargs or {})
     if isinstance(model, ExportedProgram):
         return _from_exported(model, args, kwargs)
-    if isinstance(model, fx.GraphModule) and _META in model.meta:
-        return copy.deepcopy(model)
+    if is_captured(model):
+        return copy_graph(model)
     device = _device_of(model)
     cpu_args, cpu_kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().cpu(), (args, kwargs))
     batch = _batch_size(cpu_args, cpu_kwargs)

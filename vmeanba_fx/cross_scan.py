@@ -84,11 +84,11 @@ def find_cross_scan(u: fx.Node, groups: int) -> CrossScan:
     count = channels * length
     if _numel(shape) != count:
         raise Unprovable(f"{source.name} has {_numel(shape)} elements per image where one direction of u has {count}")
-    index = torch.arange(count, dtype=torch.float64).reshape(1, *shape)
+    index = torch.arange(count, dtype=torch.float64, device=rows.device).reshape(1, *shape)
     [found] = evaluate([u], {source: index.repeat(rows.batch, *[1] * len(shape))}, rows.batch)
     if not bool(torch.isfinite(found).all()):
         raise Unprovable("u holds elements that were never written")
-    table = found[0].long().reshape(groups, channels, length)
+    table = found[0].long().reshape(groups, channels, length).cpu()
     d = torch.arange(channels).reshape(1, -1, 1)
     for last in (False, True):
         position = table // channels if last else table % length
@@ -116,7 +116,7 @@ def find_projections(scan: CrossScan, delta: fx.Node, B: fx.Node, C: fx.Node, u:
 
     # One evaluation reads all weights: position p of image b holds the unit vector of channel (b*L + p) mod D.
     images = -(-D // L)
-    unit = torch.zeros(images, D, L, dtype=torch.float64)
+    unit = torch.zeros(images, D, L, dtype=torch.float64, device=rows.device)
     p = torch.arange(L)
     for b in range(images):
         unit[b, (b * L + p) % D, p] = 1.0
@@ -126,14 +126,13 @@ def find_projections(scan: CrossScan, delta: fx.Node, B: fx.Node, C: fx.Node, u:
     x_weight = torch.stack([feats[d // L, k][d, :, inverse[k, d % L]] for k in range(K)]).transpose(1, 2)
 
     shape = shape_of(low_rank, rows.batch)[1:]
-    steps = torch.eye(rank, dtype=torch.float64).reshape(rank, 1, rank, 1).expand(rank, K, rank, L)
-    zero = torch.zeros(1, K, rank, L, dtype=torch.float64)
+    steps = torch.eye(rank, dtype=torch.float64, device=rows.device).reshape(rank, 1, rank, 1).expand(rank, K, rank, L)
+    zero = torch.zeros(1, K, rank, L, dtype=torch.float64, device=rows.device)
     out = rows.run([delta], low_rank, torch.cat([zero, steps]).reshape(rank + 1, *shape))[0].reshape(-1, K, D, L)
     offset = out[0, :, :, 0]
     dt_weight = (out[1:, :, :, 0] - offset).permute(1, 2, 0)
 
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows.batch, D, L, dtype=torch.float64, generator=generator)
+    x = rows.random(0, D, L)
     xs = x[:, :, scan.order].transpose(1, 2)  # (B, K, D, L)
     expected = torch.einsum("kcd,bkdl->bkcl", x_weight, xs)
     steps, Bs, Cs = expected.split([rank, state, state], dim=2)
@@ -152,9 +151,7 @@ def find_merge(scan: CrossScan, start: fx.Node, y: fx.Node | None) -> Merge:
     """
     rows = _Rows(start.graph)
     K, D, L = scan.groups, scan.channels, scan.length
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(rows.batch, D, L, dtype=torch.float64, generator=generator)
-    ys = torch.randn(rows.batch, K, D, L, dtype=torch.float64, generator=generator)
+    x, ys = rows.random(1, D, L), rows.random(2, K, D, L)
     inverse = inverse_table(scan.order)
     merged = sum(ys[:, k][:, :, inverse[k]] for k in range(K))
     reason = "its directions are never summed into one map"
@@ -187,6 +184,12 @@ class _Rows:
         self.dynamic = bool(batch_symbols(graph))
         placeholder = next(n for n in graph.nodes if n.op == "placeholder" and isinstance(value(n), Tensor))
         self.batch = 2 if self.dynamic else int(value(placeholder).shape[0])
+        self.device = value(placeholder).device
+
+    def random(self, seed: int, *shape: int) -> Tensor:
+        """Normal values for one batch; the same for the same seed on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(self.batch, *shape, dtype=torch.float64, generator=generator).to(self.device)
 
     def run(self, wanted: list[fx.Node], source: fx.Node, rows: Tensor) -> list[Tensor]:
         if self.dynamic:

@@ -103,7 +103,13 @@ class Executor:
         spec = getattr(self.gm, "_in_spec", None)
         if spec is None:
             return [*args, *kwargs.values()]
-        return fx_pytree.tree_flatten_spec((args, kwargs), spec)
+        try:
+            flat = fx_pytree.tree_flatten_spec((args, kwargs), spec)
+        except (LookupError, TypeError, RuntimeError):
+            flat = []
+        if len(flat) != len(pytree.tree_leaves((args, kwargs))):
+            raise ValueError("its inputs are not structured like those of the first batch")
+        return flat
 
     def _copies(self, values: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
         """``values`` themselves, or copies where the graph might write into them later."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,6 +29,13 @@ def graph_modules(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
     for name, child in gm.named_modules():
         if name and isinstance(child, fx.GraphModule):
             yield child
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A deep copy, without the warning torch 2.13 gives about its own deprecated tree specs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return copy.deepcopy(gm)
 
 
 def scan_nodes(gm: fx.GraphModule) -> list[tuple[fx.GraphModule, fx.Node]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import json
 import math
@@ -17,12 +16,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from .capture import capture, capture_info
+from .capture import capture, capture_info, is_captured
 from .errors import PlanError, SiteError
 from .files import read_json, write_atomically
 from .fingerprint import Fingerprint
-from .graph import SITE, scan_nodes
-from .passes import Pass, cleanup, drop_annihilated, fuse_ss2d, mean_scan, merge_skips, run_passes
+from .graph import SITE, copy_graph, scan_nodes
+from .passes import Pass, channels_last, cleanup, drop_annihilated, fuse_ss2d, mean_scan, merge_skips, run_passes
 from .passes.mean_scan import Mean, check_mean
 from .report import Report, attach_report, site_table
 from .sites import Site
@@ -202,6 +201,7 @@ class Plan:
             "drop_annihilated": drop_annihilated,
             "merge_skips": merge_skips,
             "fuse_ss2d": fuse_ss2d,
+            "channels_last": channels_last,
             "cleanup": cleanup,
         }
         return [*lossy, *(Pass(name, run, exact=True) for name, run in exact.items())]
@@ -210,7 +210,12 @@ class Plan:
         if model is None:
             if self.graph is None:
                 raise PlanError("this plan was loaded from a file: pass the model too, plan.apply(..., model=model)")
-            return copy.deepcopy(self.graph)
+            return copy_graph(self.graph)
+        if not self.inputs and not is_captured(model):
+            raise PlanError(
+                "the plan does not describe the model's nested inputs: "
+                "plan.apply(..., model=vmeanba_fx.capture(model, example_inputs))"
+            )
         gm = capture(model, *self._example_inputs(), dynamic_size=self.fingerprint.options.get("dynamic_size") is True)
         scans = {node.meta[SITE] for _, node in scan_nodes(gm)}
         missing = [s.name for s in self.sites if s.name not in scans]

@@ -10,8 +10,6 @@ import importlib.util
 import pytest
 import torch
 
-import vmeanba_fx.ops.cuda_shared  # noqa: F401
-
 
 def pytest_collection_modifyitems(items):
     reason = None

@@ -48,7 +48,9 @@ def test_inverse():
     assert torch.equal(inverse.gather(1, table), torch.arange(15).expand(8, 15))
 
 
-@pytest.mark.parametrize("table, message", [([[0, 1, 1]], "exactly once"), ([[0, 1, 3]], "positions 0 to 2"), ([[0, 1, -1]], "0 to 2")])
+@pytest.mark.parametrize(
+    "table, message", [([[0, 1, 1]], "exactly once"), ([[0, 1, 3]], "positions 0 to 2"), ([[0, 1, -1]], "0 to 2")]
+)
 def test_inverse_of_no_permutation_is_refused(table, message):
     with pytest.raises(ValueError, match=message):
         inverse_table(torch.tensor(table))

@@ -36,7 +36,13 @@ SHAPES = [
     ("shared_scan", SHARED, "B", z(2, 2, 1, 7), "B must be (B, K, N, L) = (2, 2, 4, 7), but has shape (2, 2, 1, 7)"),
     ("shared_scan", SHARED, "C", z(2, 2, 4, 1), "C must be (B, K, N, L) = (2, 2, 4, 7), but has shape (2, 2, 4, 1)"),
     ("shared_scan", SHARED, "delta_bias", z(6), "delta_bias must be (K,) = (2,), but has shape (6,)"),
-    ("shared_scan2d", MAPS, "u", z(2, 3, 3, 2, 5), "u must have 1 or K = 2 groups in dim 1 (K is that of delta), but it"),
+    (
+        "shared_scan2d",
+        MAPS,
+        "u",
+        z(2, 3, 3, 2, 5),
+        "u must have 1 or K = 2 groups in dim 1 (K is that of delta), but it",
+    ),
     ("shared_scan2d", MAPS, "delta", z(2, 2, 5, 2), "delta must be (B, K, H, W) = (2, 2, 2, 5), but has shape"),
     ("shared_scan2d", MAPS, "A", z(1, 4), "A must be (K, N) = (2, 4), but has shape (1, 4)"),
     ("shared_scan2d", MAPS, "B", z(2, 2, 4, 10), "B must be (B, K, N, H, W) = (2, 2, 4, 2, 5), but has shape"),
@@ -56,7 +62,9 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("name, arguments, which, value, message", SHAPES, ids=[f"{s[0]}-{s[2]}-{i}" for i, s in enumerate(SHAPES)])
+@pytest.mark.parametrize(
+    "name, arguments, which, value, message", SHAPES, ids=[f"{s[0]}-{s[2]}-{i}" for i, s in enumerate(SHAPES)]
+)
 def test_shapes(name, arguments, which, value, message):
     wrong = arguments | {which: value.double() if torch.is_tensor(value) else value}
     for call in (getattr(ops, name), getattr(torch.ops.vmeanba_fx, name)):

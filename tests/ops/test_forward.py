@@ -23,7 +23,7 @@ def check(name: str, arguments: dict, out_dtype: torch.dtype | None = None, tole
     expected = getattr(naive, name)(**problems.doubled(arguments))
     assert out.dtype == (out_dtype or first.dtype)
     assert out.is_contiguous()
-    limit = (tolerance or max(TOLERANCE[out.dtype], TOLERANCE[torch.float32] * (first.dtype != torch.float64)))
+    limit = tolerance or max(TOLERANCE[out.dtype], TOLERANCE[torch.float32] * (first.dtype != torch.float64))
     error = (out.double() - expected).abs().max() / expected.abs().max()
     assert error <= limit, f"relative error {error:.1e} > {limit:.1e}"
     return out
@@ -86,7 +86,9 @@ each_op = pytest.mark.parametrize("case", EACH_OP)
 @each_op
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(case, dtype):
-    arguments = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in EACH_OP[case].items()}
+    arguments = {
+        k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in EACH_OP[case].items()
+    }
     name = case.split()[0]
     check(name, arguments)
     if name != "linear_scan":

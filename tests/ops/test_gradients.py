@@ -67,7 +67,9 @@ def test_tiles(case, small_tiles):
 @pytest.mark.parametrize("case", LARGER)
 def test_strided_inputs(case):
     arguments = problems.strided(LARGER[case])
-    leaves = {k: v.requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in arguments.items()}
+    leaves = {
+        k: v.requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in arguments.items()
+    }
     out = call(ops, case, leaves)
     weights = problems.Maker(1, out.dtype).normal(*out.shape, 2)[..., 0]
     wanted = [v for v in leaves.values() if torch.is_tensor(v) and v.requires_grad]

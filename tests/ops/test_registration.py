@@ -51,7 +51,7 @@ def test_opcheck_backward(case):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compile_with_gradients(case, dynamic):
-    """`aot_eager` runs the same graph capture, fake tensors and joint graph as the default backend, without a compiler."""
+    """`aot_eager` does all that the default backend does (capture, fake tensors, joint graph) but generate code."""
     torch._dynamo.reset()
     op = getattr(ops, case.split(",")[0])
 

@@ -1,4 +1,4 @@
-"""The scan ops. Importing this package registers them as `torch.ops.vmeanba_fx.*`; the functions here are their typed form.
+"""The scan ops. Importing this package registers them as `torch.ops.vmeanba_fx.*`; the functions are their typed form.
 
     selective_scan   the full scan: every channel has its own decay
     linear_scan      the scan after discretisation, R channels sharing one decay (the paper's block has R = 1)
@@ -37,8 +37,8 @@ def selective_scan(
 
         dt = softplus?(delta + delta_bias);  h_t = exp(dt A) h_{t-1} + dt B u;  y = <C, h> (+ D u) (* silu(z))
 
-    u, delta, z (B, K*D, L); A (K*D, N); B, C (B, K, N, L); D, delta_bias (K*D,); L >= 1. K is read from B. Dtypes may be mixed;
-    the arithmetic is float64 for float64 `u` and float32 otherwise.
+    u, delta, z (B, K*D, L); A (K*D, N); B, C (B, K, N, L); D, delta_bias (K*D,); L >= 1. K is read from B. Dtypes may
+    be mixed; the arithmetic is float64 for float64 `u` and float32 otherwise.
     """
     checks.check_selective_scan(u, delta, A, B, C, D, z, delta_bias, out_dtype)
     return _ops.selective_scan.default(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype)
@@ -87,7 +87,7 @@ def shared_scan2d(
     """`shared_scan` on maps in spatial order, each direction reading them in its own order.
 
     u (B, 1 or K, R, H, W); delta (B, K, H, W); A (K, N); B, C (B, K, N, H, W); delta_bias (K,).
-    `directions`: one code per direction, see `directions.py`; or [] and `order`, an int table (K, H*W) of flat positions.
+    `directions`: one code per direction, see `directions.py`; or [] and `order`, an int table (K, L) of positions.
     Returns the sum over directions (B, R, H, W) with `merge`, else (B, K, R, H, W); both in spatial order.
     """
     checks.check_shared_scan2d(u, delta, A, B, C, delta_bias, directions, order, out_dtype)

@@ -1,7 +1,8 @@
-"""Autograd of the ops. Each backward is an op of its own, so that a compiled or exported training graph holds it as one node.
+"""Autograd of the ops. Each backward is an op of its own: a compiled or exported training graph holds it as one node.
 
-`autograd.Function` classes with `setup_context`, registered under the Autograd key: unlike `torch.library.register_autograd` they
-also work under `torch.func.grad`. Forward-mode and second derivatives are refused with an error.
+`autograd.Function` classes with `setup_context`, registered under the Autograd key: unlike what
+`torch.library.register_autograd` makes, they also work under `torch.func.grad`. Forward-mode and second derivatives are
+refused with an error.
 """
 
 import torch

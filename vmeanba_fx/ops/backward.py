@@ -1,7 +1,7 @@
 """Gradients of the scans in vectorised PyTorch, on any device.
 
-With dt = softplus?(delta + bias), a = exp(dt A), b = dt B u, h_t = a_t h_{t-1} + b_t and y = <C, h>, the gradient of h is the same
-recurrence backwards in time,
+With dt = softplus?(delta + bias), a = exp(dt A), b = dt B u, h_t = a_t h_{t-1} + b_t and y = <C, h>, the gradient of h
+is the same recurrence backwards in time,
 
     g_t = C_t dy_t + a_{t+1} g_{t+1}
 
@@ -11,7 +11,7 @@ and everything else is products summed over the dims an input lacks. States are 
 import torch
 from torch import Tensor
 
-from .cpu import compute_dtype, discretise, step_size
+from .cpu import compute_dtype, discretise, part, step_size
 from .library import LIBRARY
 from .recurrence import scan_rows
 from .tiles import tiles
@@ -21,19 +21,17 @@ _BUDGET = 1 << 18
 
 
 def selective_scan_backward(grad, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
-    """Gradients for u, delta, A, B, C, D, z and delta_bias, each of its input's shape and dtype; (0,) where it was None."""
+    """Gradients for u, delta, A, B, C, D, z, delta_bias: of the input's shape and dtype, (0,) where it was None."""
     K = B.shape[1]
 
     def grouped(tensor: Tensor | None, dim: int) -> Tensor | None:
         return None if tensor is None else tensor.unflatten(dim, (K, -1))
 
-    inputs = (
-        *(grouped(u, 1), grouped(delta, 1), grouped(A, 0), B, C),
-        *(grouped(D, 0), grouped(z, 1), grouped(delta_bias, 0), delta_softplus),
-    )
-    du, ddelta, dA, dB, dC, dD, dz, dbias = _scan_backward(grouped(grad, 1), *inputs)
-    grads = du.view(u.shape), ddelta.view(u.shape), dA.view(A.shape), dB, dC, dD.flatten(), dz.view(-1), dbias.flatten()
-    return (*grads[:6], dz if z is None else dz.view(z.shape), grads[7])
+    scan = grouped(u, 1), grouped(delta, 1), grouped(A, 0), B, C
+    options = grouped(D, 0), grouped(z, 1), grouped(delta_bias, 0), delta_softplus
+    du, ddelta, dA, dB, dC, dD, dz, dbias = _scan_backward(grouped(grad, 1), *scan, *options)
+    dz = dz if z is None else dz.flatten(1, 2)
+    return du.flatten(1, 2), ddelta.flatten(1, 2), dA.flatten(0, 1), dB, dC, dD.flatten(), dz, dbias.flatten()
 
 
 def shared_scan_backward(grad, u, delta, A, B, C, delta_bias, delta_softplus):
@@ -55,12 +53,12 @@ def linear_scan_backward(grad, a, b, C):
         g = _state_gradient(decay, C[item, group].to(dtype), dy)
         db[item, group, channel] = g
         dC[item, group] += (h * dy[:, :, :, None]).sum(2)
-        da[item, group, :, 1:] += (g[..., 1:] * h[..., :-1]).sum(2)
+        da[item, group] += _decay_gradient(g, h, own_decay=False)[:, :, 0]
     return da.to(a.dtype), db, dC.to(C.dtype)
 
 
 def _scan_backward(grad, u, delta, A, B, C, D, z, bias, softplus):
-    """u, z, grad (B, K, D, L); delta (B, K, D or 1, L); A (K, D or 1, N); B, C (B, K, N, L); D (K, D); bias (K, D or 1)."""
+    """u, z, grad (B, K, D, L); delta (B, K, D|1, L); A (K, D|1, N); B, C (B, K, N, L); D (K, D); bias (K, D|1)."""
     batch, K, channels, length = u.shape
     dtype, own_decay = compute_dtype(u), delta.shape[2] == channels
 
@@ -73,9 +71,8 @@ def _scan_backward(grad, u, delta, A, B, C, D, z, bias, softplus):
 
     for item, group, channel in tiles(batch, K, channels, A.shape[2] * length, _BUDGET):
         own = channel if own_decay else slice(None)
-        bias_tile = None if bias is None else bias[group, own]
         x = u[item, group, channel].to(dtype)
-        dt = step_size(delta[item, group, own], bias_tile, softplus, u)
+        dt = step_size(delta[item, group, own], part(bias, group, own), softplus, u)
         dy = grad[item, group, channel].to(dtype)
         a, b = discretise(dt, x, A[group, own], B[item, group])
         h = scan_rows(a, b)
@@ -90,30 +87,26 @@ def _scan_backward(grad, u, delta, A, B, C, D, z, bias, softplus):
             dz[item, group, channel] = dy * y * sigmoid * (1 + gate * (1 - sigmoid))
             dy = dy * gate * sigmoid
 
-        dC[item, group] += (h * dy[:, :, :, None]).sum(2)
         g = _state_gradient(a, read, dy)
-        # The gradient of the exponent dt A at step t is g_t h_{t-1} a_t; h is shifted in place to h_{t-1}.
-        previous = torch.zeros_like(h)
-        torch.mul(g[..., 1:], h[..., :-1], out=previous[..., 1:])
-        d_exponent = a * (previous if own_decay else previous.sum(2, keepdim=True))
         d_product = (g * B[item, group, None].to(dtype)).sum(3)  # for dt u, (B, K, D, L)
+        d_exponent = _decay_gradient(g, h, own_decay).mul_(a)  # for dt A, (B, K, D|1, N, L)
 
-        dx = d_product * (dt if own_decay else dt.expand_as(x))
-        ddt = d_product * x
-        if not own_decay:
-            ddt = ddt.sum(2, keepdim=True)
-        ddt = ddt + (d_exponent * A[group, own, :, None].to(dtype)).sum(3)
-        dA[group, own] += (d_exponent * dt[:, :, :, None]).sum((0, 4))
+        dC[item, group] += (h * dy[:, :, :, None]).sum(2)
         dB[item, group] += (g * (dt * x)[:, :, :, None]).sum(2)
+        dA[group, own] += (d_exponent * dt[:, :, :, None]).sum((0, 4))
+        dx = d_product * dt
         if skip is not None:
             dx.addcmul_(dy, skip)
             dD[group, channel] += (dy * x).sum((0, 3))
         du[item, group, channel] = dx
-        # softplus'(s) = sigmoid(s) = 1 - exp(-softplus(s))
-        ddelta_tile = ddt * -torch.expm1(-dt) if softplus else ddt
-        ddelta[item, group, own] += ddelta_tile
+
+        ddt = d_product.mul_(x) if own_decay else (d_product * x).sum(2, keepdim=True)
+        ddt += (d_exponent * A[group, own, :, None].to(dtype)).sum(3)
+        if softplus:
+            ddt *= -torch.expm1(-dt)  # softplus'(s) = sigmoid(s) = 1 - exp(-softplus(s))
+        ddelta[item, group, own] += ddt
         if bias is not None:
-            dbias[group, own] += ddelta_tile.sum((0, 3))
+            dbias[group, own] += ddt.sum((0, 3))
 
     sums = ((ddelta, delta), (dA, A), (dB, B), (dC, C), (dD, D), (dbias, bias))
     ddelta, dA, dB, dC, dD, dbias = (x.to((u if like is None else like).dtype) for x, like in sums)
@@ -121,10 +114,17 @@ def _scan_backward(grad, u, delta, A, B, C, D, z, bias, softplus):
 
 
 def _state_gradient(a: Tensor, C: Tensor, dy: Tensor) -> Tensor:
-    """g (B, K, D, N, L) from a (B, K, D or 1, N, L), C (B, K, N, L) and dy (B, K, D, L)."""
+    """g (B, K, D, N, L) from a (B, K, D|1, N, L), C (B, K, N, L) and dy (B, K, D, L)."""
     following = torch.zeros_like(a, memory_format=torch.contiguous_format)
     following[..., :-1] = a[..., 1:]
     return scan_rows(following, C[:, :, None] * dy[:, :, :, None], spoil=True, reverse=True)
+
+
+def _decay_gradient(g: Tensor, h: Tensor, own_decay: bool) -> Tensor:
+    """The gradient of a: g_t h_{t-1}, (B, K, D, N, L); summed over D, (B, K, 1, N, L), where the channels share a."""
+    da = torch.zeros_like(g)
+    torch.mul(g[..., 1:], h[..., :-1], out=da[..., 1:])
+    return da if own_decay else da.sum(2, keepdim=True)
 
 
 for _op in (selective_scan_backward, shared_scan_backward, linear_scan_backward):

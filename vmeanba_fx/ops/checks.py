@@ -1,7 +1,7 @@
 """Argument checks of the ops: one function per op, and every failure is a sentence that names the tensor.
 
-They run in the Python wrappers, in the CPU implementations and in the fake ones, so a wrong call fails the same way eagerly,
-while exporting and while compiling. Only shapes, dtypes and devices are read: sizes may be symbolic.
+They run in the Python wrappers, in the CPU implementations and in the fake ones, so a wrong call fails the same way
+eagerly, while exporting and while compiling. Only shapes, dtypes and devices are read: sizes may be symbolic.
 """
 
 import torch

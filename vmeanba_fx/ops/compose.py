@@ -15,7 +15,7 @@ from .tiles import blocks
 _ops = torch.ops.vmeanba_fx
 
 # Elements of one tensor in scan order, (batch block, K, channels, L).
-_BUDGET = 1 << 22
+_BUDGET = 1 << 21
 
 
 class ScanOrder:

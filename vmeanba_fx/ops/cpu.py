@@ -1,12 +1,13 @@
 """The scans in vectorised PyTorch: no Python loop over time, work space of a fixed size.
 
-Written for the CPU, where they are the implementation. They run on any device, and CUDA falls back on them where its kernels do
-not apply (float64, no CuPy). Two ways to compute the same thing, chosen by shape:
+Written for the CPU, where they are the implementation. They run on any device, and CUDA falls back on them where its
+kernels do not apply (float64, no CuPy). Two ways to compute the same thing, chosen by shape:
 
     rows   every channel's states with time innermost, as the inputs lie: for small N, few channels, shared decays
     steps  time outermost, so that one step is a wide vector: for the full scan with N > 2 and many channels
 
-Both write exp(dt A) as exp2(dt (A log2 e)): PyTorch's exp2 is about three times as fast as its exp on x86, and as accurate.
+Both write exp(dt A) as exp2(dt (A log2 e)): PyTorch's exp2 is about three times as fast as its exp on x86, and as
+accurate.
 """
 
 import math
@@ -74,17 +75,22 @@ def shared_scan(u, delta, A, B, C, delta_bias=None, delta_softplus=False, out_dt
 def broadcast_add(y, u, D, out_dtype=None):
     """y (B, K, 1, L); u (B, K*D, L); D (K*D,). Returns y + D*u, (B, K*D, L)."""
     checks.check_broadcast_add(y, u, D, out_dtype)
-    dtype, K = compute_dtype(u), y.shape[1]
-    channels = u.unflatten(1, (K, -1))
+    dtype, grouped = compute_dtype(u), (y.shape[1], -1)
+    out = torch.empty(u.shape, dtype=out_dtype or u.dtype, device=u.device)
+    channels = out.unflatten(1, grouped)
     if D is None:
-        out = y.to(dtype).expand(channels.shape)
+        channels.copy_(y)
+        return out
+    terms = y.to(dtype), u.to(dtype).unflatten(1, grouped), D.to(dtype).unflatten(0, grouped)[..., None]
+    if out.dtype == dtype:
+        torch.addcmul(*terms, out=channels)
     else:
-        out = torch.addcmul(y.to(dtype), channels.to(dtype), D.to(dtype).view(K, -1, 1))
-    return out.to(out_dtype or u.dtype, memory_format=torch.contiguous_format).reshape(u.shape)
+        channels.copy_(torch.addcmul(*terms))
+    return out
 
 
 def _scan(u, delta, A, B, C, bias, softplus, D, z, out):
-    """Fill `out` (B, K, D, L). u, z (B, K, D, L); delta (B, K, D or 1, L); A (K, D or 1, N); bias (K, D or 1); D (K, D)."""
+    """Fill `out` (B, K, D, L). u, z (B, K, D, L); delta (B, K, D|1, L); A (K, D|1, N); bias (K, D|1); D (K, D)."""
     batch, K, channels, length = u.shape
     N = A.shape[2]
     own_decay = delta.shape[2] == channels
@@ -93,14 +99,17 @@ def _scan(u, delta, A, B, C, bias, softplus, D, z, out):
         _scan_by_steps(u, delta, A, B, C, bias, softplus, D, z, out)
         return
     for item, group, channel in tiles(batch, K, channels, N * length, _ROWS_BUDGET):
-        decay_channel = channel if own_decay else slice(None)
+        own = channel if own_decay else slice(None)
         x = u[item, group, channel]
-        dt = step_size(delta[item, group, decay_channel], None if bias is None else bias[group, decay_channel], softplus, x)
-        a, b = discretise(dt, x, A[group, decay_channel], B[item, group])
+        dt = step_size(delta[item, group, own], part(bias, group, own), softplus, u)
+        a, b = discretise(dt, x, A[group, own], B[item, group])
         y = _read_states(scan_rows(a, b, spoil=True), C[item, group, None].to(dt.dtype))
-        out[item, group, channel] = _with_skip_and_gate(
-            y, x, None if D is None else D[group, channel], None if z is None else z[item, group, channel]
-        )
+        out[item, group, channel] = _with_skip_and_gate(y, x, part(D, group, channel), part(z, item, group, channel))
+
+
+def part(tensor: Tensor | None, *index: slice) -> Tensor | None:
+    """A slice of an optional tensor."""
+    return None if tensor is None else tensor[index]
 
 
 def step_size(delta: Tensor, bias: Tensor | None, softplus: bool, like: Tensor) -> Tensor:
@@ -115,7 +124,7 @@ def step_size(delta: Tensor, bias: Tensor | None, softplus: bool, like: Tensor) 
 
 
 def discretise(dt: Tensor, u: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(dt A) (B, K, D or 1, N, L) and dt B u (B, K, D, N, L); dt (B, K, D or 1, L), A (K, D or 1, N), B (B, K, N, L)."""
+    """exp(dt A) (B, K, D|1, N, L) and dt B u (B, K, D, N, L); dt (B, K, D|1, L), A (K, D|1, N), B (B, K, N, L)."""
     a = torch.mul(dt[:, :, :, None], (A.to(dt.dtype) * LOG2_E)[..., None])
     torch.exp2(a, out=a)
     b = torch.mul((dt * u.to(dt.dtype))[:, :, :, None], B[:, :, None].to(dt.dtype))
@@ -138,7 +147,7 @@ def _with_skip_and_gate(y: Tensor, u: Tensor, D: Tensor | None, z: Tensor | None
 
 
 def _scan_by_steps(u, delta, A, B, C, bias, softplus, D, z, out):
-    """`_scan` with time outermost. Tensors with a leading t below are (steps, pairs, ...), pairs = batch items x groups."""
+    """`_scan` with time outermost: tensors named t_... are (steps, batch items, groups, ...)."""
     batch, K, channels, length = u.shape
     N, dtype, device = A.shape[2], compute_dtype(u), u.device
     decay = (A.to(dtype) * LOG2_E).transpose(1, 2)  # (K, N, D)
@@ -157,12 +166,11 @@ def _scan_by_steps(u, delta, A, B, C, bias, softplus, D, z, out):
         h = torch.zeros_like(a)  # h[0] is the state before the segment, and a[0] stays unread
         a_steps, h_steps = list(a.unbind(0)), list(h.unbind(0))
         decay_tile = decay[group, :, channel].expand(b_size, -1, -1, -1).contiguous()
-        bias_tile = None if bias is None else bias[group, channel]
 
         for start in range(0, length, block):
             now = slice(start, min(start + block, length))
             count = now.stop - start
-            dt = step_size(delta_tile[..., now], bias_tile, softplus, u)
+            dt = step_size(delta_tile[..., now], part(bias, group, channel), softplus, u)
             x = x_tile[..., now]
             t_dt[:count] = dt.permute(3, 0, 1, 2)
             t_x[:count] = dt.mul_(x).permute(3, 0, 1, 2)
@@ -170,20 +178,20 @@ def _scan_by_steps(u, delta, A, B, C, bias, softplus, D, z, out):
             t_C[:count] = C[item, group, :, now].permute(3, 0, 1, 2)
             for first in range(0, count, steps):
                 size = min(steps, count - first)
-                part, filled = slice(first, first + size), slice(1, size + 1)
-                torch.mul(t_dt[part, :, :, None], decay_tile, out=a[filled])
+                some, filled = slice(first, first + size), slice(1, size + 1)
+                torch.mul(t_dt[some, :, :, None], decay_tile, out=a[filled])
                 torch.exp2(a[filled], out=a[filled])
-                torch.mul(t_x[part, :, :, None], t_B[part, ..., None], out=h[filled])
+                torch.mul(t_x[some, :, :, None], t_B[some, ..., None], out=h[filled])
                 scan_steps_(a_steps[: size + 1], h_steps[: size + 1])
-                read = t_C[part].view(size * pairs, 1, N), h[filled].view(size * pairs, N, d_size)
-                torch.bmm(*read, out=t_y[part].view(size * pairs, 1, d_size))
+                read = t_C[some].view(size * pairs, 1, N), h[filled].view(size * pairs, N, d_size)
+                torch.bmm(*read, out=t_y[some].view(size * pairs, 1, d_size))
                 h_steps[0].copy_(h_steps[size])
             if D is None and z is None:
                 out[item, group, channel, now] = t_y[:count].permute(1, 2, 3, 0)
             else:
                 y = dt.copy_(t_y[:count].permute(1, 2, 3, 0))
-                gate = None if z is None else z[item, group, channel, now]
-                out[item, group, channel, now] = _with_skip_and_gate(y, x, None if D is None else D[group, channel], gate)
+                gate = part(z, item, group, channel, now)
+                out[item, group, channel, now] = _with_skip_and_gate(y, x, part(D, group, channel), gate)
 
 
 for _op in (selective_scan, linear_scan, shared_scan, broadcast_add):

@@ -14,8 +14,8 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from . import cpu, cuda_runtime
-from .cuda import pointer, type_code, usable
+from . import compose, cuda_runtime
+from .cuda import LaunchCache, layout, pointer, type_code, usable
 from .cuda_runtime import TYPE_CODES
 from .directions import direction_table
 from .library import LIBRARY
@@ -41,39 +41,44 @@ class _Plan:
     sizes: tuple[int, ...]
 
 
-_plans: dict[tuple, _Plan] = {}
+# By layout of the arguments: a plan, or None where they must be copied to another layout first.
+_plans = LaunchCache()
 
 
 def ss2d(x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplus, out_dtype=None):
-    if not usable(x, feats, dt_weight, A, D, delta_bias):
-        return cpu.ss2d(x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplus, out_dtype)
-    out_dtype = out_dtype or x.dtype
-    if out_dtype not in TYPE_CODES:
-        args = (x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplus, torch.float32)
-        return ss2d(*args).to(out_dtype)
-    out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    if out.numel() == 0:
-        return out
-    directions = tuple(directions)
+    tensors = (x, feats, dt_weight, A, D, delta_bias, order)
+    key = (x.get_device(), layout(*tensors), tuple(directions), delta_softplus, out_dtype, _padding_is_readable(feats))
+    if key in _plans:
+        plan = _plans[key]
+    elif not usable(*tensors[:6]) or (out_dtype or x.dtype) not in TYPE_CODES or x.numel() == 0:
+        return compose.ss2d(*tensors[:6], directions, order, delta_softplus, out_dtype)
+    else:
+        plan = None
+        if all(a is b for a, b in zip(tensors, _prepared(*tensors, directions), strict=True)):
+            plan = _make_plan(*tensors, tuple(directions), delta_softplus, out_dtype or x.dtype)
+        _plans.add(key, plan)
+    if plan is None:
+        tensors = _prepared(*tensors, directions)
+        directions = directions if tensors[6] is None else []
+        return ss2d(*tensors[:6], directions, tensors[6], delta_softplus, out_dtype)
+    out = torch.empty(x.shape, dtype=out_dtype or x.dtype, device=x.device)
+    workspace = torch.empty(plan.workspace, dtype=torch.uint8, device=x.device) if plan.workspace else None
+    pointers = (pointer(t) for t in (*tensors[:6], out, order, workspace))
+    plan.kernel.launch((plan.blocks, 1, 1), plan.threads, plan.shared, (*pointers, *plan.sizes))
+    return out
+
+
+def _prepared(x, feats, dt_weight, A, D, delta_bias, order, directions):
+    """The same tensors in layouts that the kernel reads; those that already are come back as they came."""
     if order is None and len(directions) > _MAX_DIRECTIONS:
-        order, directions = direction_table(directions, *x.shape[2:]).to(x.device), ()
+        order = direction_table(directions, *x.shape[2:]).to(x.device)
     if order is not None:
         order = order.to(torch.int32).contiguous()
-    x, feats = _flat_map(x), _records(_flat_map(feats), dt_weight.shape[2])
     dt_weight, A = dt_weight.contiguous(), A.contiguous()
+    if dt_weight.data_ptr() % 4:
+        dt_weight = dt_weight.clone()
     D, delta_bias = (None if t is None else t.contiguous() for t in (D, delta_bias))
-
-    optional = tuple(None if t is None else t.dtype for t in (D, delta_bias))
-    pointers = tuple(pointer(t) for t in (x, feats, dt_weight, A, D, delta_bias, out, order))
-    key = (x.shape, x.stride(), x.dtype, feats.shape, feats.stride(), feats.dtype, dt_weight.dtype, A.shape, A.dtype)
-    key += (optional, directions, order is None, delta_softplus, out_dtype, x.device.index)
-    key += (pointers[0] % 16, pointers[1] % 16, _readable_after(feats) >= 12)
-    plan = _plans.get(key)
-    if plan is None:
-        plan = _plans[key] = _make_plan(x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplus, out)
-    workspace = torch.empty(plan.workspace, dtype=torch.uint8, device=x.device) if plan.workspace else None
-    plan.kernel.launch((plan.blocks, 1, 1), plan.threads, plan.shared, (*pointers, pointer(workspace), *plan.sizes))
-    return out
+    return _flat_map(x), _records(_flat_map(feats), dt_weight.shape[2]), dt_weight, A, D, delta_bias, order
 
 
 def _flat_map(tensor: Tensor) -> Tensor:
@@ -98,10 +103,11 @@ def _records(feats: Tensor, rank: int) -> Tensor:
     return records.copy_(feats.permute(0, 3, 4, 1, 2)).permute(0, 3, 4, 1, 2)
 
 
-def _readable_after(feats: Tensor) -> int:
-    """Bytes of the storage behind the last element."""
+def _padding_is_readable(feats: Tensor) -> bool:
+    """Whether the storage goes on far enough after the last record to round its length up to a multiple of 8."""
     last = sum((extent - 1) * stride for extent, stride in zip(feats.shape, feats.stride(), strict=True))
-    return feats.untyped_storage().nbytes() - (feats.storage_offset() + last + 1) * feats.element_size()
+    needed = feats.storage_offset() + last + 1 + -feats.shape[2] % 8
+    return needed * feats.element_size() <= feats.untyped_storage().nbytes()
 
 
 def _record_fetch(feats: Tensor, words: int) -> int:
@@ -111,21 +117,23 @@ def _record_fetch(feats: Tensor, words: int) -> int:
     strides += (_position_stride(feats) if height * width > 1 else 0,)
     if feats.stride(2) != 1 or any(stride % (2 * words) for stride in strides) or feats.data_ptr() % (4 * words):
         return 0
-    return words if _readable_after(feats) >= -count % (2 * words) * 2 else 0
+    return words if count % (2 * words) == 0 or _padding_is_readable(feats) else 0
 
 
-def _make_plan(x, feats, dt_weight, A, D, delta_bias, directions, order, softplus, out) -> _Plan:
+def _make_plan(x, feats, dt_weight, A, D, delta_bias, order, directions, softplus, out_dtype) -> _Plan:
     batch, channels, height, width = x.shape
     groups, rank, states = feats.shape[1], dt_weight.shape[2], A.shape[1]
-    length, device = height * width, x.device.index
+    length, device = height * width, x.get_device()
     if length > _MAX_LENGTH:
         raise ValueError(f"ss2d on CUDA: the map may have at most {_MAX_LENGTH} positions, but is {height} x {width}")
     if states > _MAX_STATES:
         raise ValueError(f"ss2d on CUDA: the state size N may be at most {_MAX_STATES}, but is {states}")
 
-    fetch = 0
-    if feats.dtype != torch.float32 and rank % 2 == 0 and torch.cuda.get_device_capability(device) >= (8, 0):
-        used = (rank + (2 if states == 1 else 0)) // 2  # words of a record that the tensor cores read
+    fetch, used, apart = 0, rank // 2, False
+    if feats.dtype != torch.float32 and rank and rank % 2 == 0 and torch.cuda.get_device_capability(device) >= (8, 0):
+        # 4-byte words of a record that the tensor cores read: 4 lanes load `fetch` at a time.
+        apart = states == 1 and used in (4, 8, 16, 32, 64)
+        used += states == 1 and not apart
         wanted = 1 if used <= 4 else 2 if used <= 8 else 4
         fetch = next((w for w in (4, 2, 1) if w <= wanted and _record_fetch(feats, w)), 0)
     lane_words = fetch * -(-used // (4 * fetch)) if fetch else 0
@@ -154,17 +162,21 @@ def _make_plan(x, feats, dt_weight, A, D, delta_bias, directions, order, softplu
     blocks_at_once = max(1, min(512 // threads, cuda_runtime.shared_memory_limit(device) // (shared + 1024)))
 
     x_stride, f_stride = _position_stride(x), _position_stride(feats)
-    typed = {"X": x, "F": feats, "W": dt_weight, "A": A, "D": D, "BIAS": delta_bias, "OUT": out}
+    typed = {"X": x, "F": feats, "W": dt_weight, "A": A, "D": D, "BIAS": delta_bias}
+    baked = {"HEIGHT": height, "WIDTH": width, "PITCH": pitch, "PLANE": plane, "F_STRIDE": f_stride}
+    baked |= {"X_STRIDE": x.stride(1), "X_OFFSETS": _packed(x_offsets, 8), "Y_OFFSETS": _packed(y_offsets, 8)}
+    # Four copies of the main loop pay where the warps of a multiprocessor work on the same ones, or where the loop is short.
+    special = whole and states == 1 and (tiles == 1 or 2 * team_bytes > cuda_runtime.shared_memory_limit(device))
+    full = channels % (8 * teams) == 0
     macros = (
         *((f"{name}_TYPE", type_code(tensor, absent=0)) for name, tensor in typed.items()),
-        *(("RANK", rank), ("NSTATE", states), ("SOFTPLUS", int(softplus))),
+        *(("OUT_TYPE", TYPE_CODES[out_dtype]), ("RANK", rank), ("NSTATE", states), ("SOFTPLUS", int(softplus))),
         *(("SEG", segment), ("WARPS", warps), ("FRONTS", fronts), ("TEAMS", teams)),
-        ("RING", _ring(warps)),
-        ("MIN_BLOCKS", blocks_at_once),
-        *(("HEIGHT", height * bake), ("WIDTH", width * bake), ("PITCH", pitch * bake), ("F_STRIDE", f_stride * bake)),
-        *(("WHOLE", int(whole)), ("SPECIAL", int(whole and states == 1)), ("STEADY", int(steady))),
-        *(("ORDER", int(order is not None)), ("X_LAYOUT", _x_layout(x))),
-        *(("OUT_PAIRS", int(width % 2 == 0)), ("MMA", int(fetch > 0)), ("FETCH", fetch or 1)),
+        *(("RING", _ring(warps)), ("LINKS_BYTES", _links_bytes(warps, fronts, states)), ("MIN_BLOCKS", blocks_at_once)),
+        *((name, value * bake) for name, value in baked.items()),
+        *(("WHOLE", int(whole)), ("SPECIAL", int(special)), ("STEADY", int(steady))),
+        *(("ORDER", int(order is not None)), ("FULL", int(full)), ("X_LAYOUT", _x_layout(x) * full)),
+        *(("OUT_PAIRS", int(width % 2 == 0)), ("MMA", int(fetch > 0)), ("FETCH", fetch or 1), ("BC_APART", int(apart))),
         ("SPLIT", int(dt_weight.dtype != feats.dtype)),
         ("SPILL", int(spill)),
     )

@@ -7,8 +7,8 @@ multiply-add as 2, so the two add up).
     scan of a shared decay    10 B L (K R) N           the paper's one-channel scan, for each of the R channels
     `+ D u`, `* silu(z)`      B L (K D) each           where the op is given them
 
-The paper's whole block costs 10 B L N + B L D N: what its mean over channels adds is not in the scan op, it lies in the nodes before
-it. `ss2d` adds its step projection, 2 B L K D R. Backward ops have no formula.
+The paper's whole block costs 10 B L N + B L D N: what its mean over channels adds is not in the scan op, it lies in the
+nodes before it. `ss2d` adds its step projection, 2 B L K D R. Backward ops have no formula.
 """
 
 import torch
@@ -18,7 +18,9 @@ _ops = torch.ops.vmeanba_fx
 
 
 @register_flop_formula(_ops.selective_scan)
-def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, out_dtype=None, **_) -> int:
+def selective_scan(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, out_dtype=None, **_
+) -> int:
     batch, channels, length = u
     return batch * length * channels * (9 * A[1] + (D is not None) + (z is not None))
 
@@ -36,9 +38,7 @@ def shared_scan(u, delta, A, B, C, delta_bias=None, delta_softplus=False, out_dt
 
 
 @register_flop_formula(_ops.shared_scan2d)
-def shared_scan2d(
-    u, delta, A, B, C, delta_bias, directions, order, delta_softplus, merge, out_dtype=None, **_
-) -> int:
+def shared_scan2d(u, delta, A, B, C, delta_bias, directions, order, delta_softplus, merge, out_dtype=None, **_) -> int:
     batch, _, rank, height, width = u
     return 10 * batch * height * width * delta[1] * rank * A[1]
 

@@ -1,11 +1,11 @@
 """The ops of namespace `vmeanba_fx`: their schemas and what they return (the fake implementations).
 
 The schemas are the contract between graphs and kernels. Implementations register themselves from their own modules:
-`cpu` (and `compose`, for any device), `autograd`, `flops`, and the CUDA modules. `Library.define/impl` is used and not the
-`custom_op` decorator because it costs about half as much per call, and a model calls 15 to 60 scans.
+`cpu`, `compose` and `backward` (PyTorch, any device), `autograd`, and the CUDA modules. `Library.define/impl` is used
+and not the `custom_op` decorator because it costs about half as much per call, and a model calls 15 to 60 scans.
 
-B is the batch as a dim, K the groups (scan directions), D the channels per group, N the state, L the length, R the number of
-channels that share one decay (or, in `ss2d`, the rank of the step projection).
+B is the batch as a dim, K the groups (scan directions), D the channels per group, N the state, L the length, R the
+number of channels that share one decay (or, in `ss2d`, the rank of the step projection).
 """
 
 import torch

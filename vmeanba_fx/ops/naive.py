@@ -1,8 +1,8 @@
 """The plain reference of every op: loops over time, nothing clever. Slow, and the truth for tests and benchmarks.
 
-Shapes: batch B, groups (scan directions) K, channels per group D, state size N, length L, rank of the step projection R.
-Each function takes the arguments of the op of the same name, computes in float64 when the first tensor is float64 and in
-float32 otherwise, and rounds once at the end. It is written independently of the fast code: it shares no helper with it.
+Shapes: batch B, groups (scan directions) K, channels per group D, state size N, length L, rank R of the projection.
+Each function takes the arguments of the op of the same name, computes in float64 when its input is float64 and in
+float32 otherwise, and rounds once at the end. It is written independently of the fast code, with no shared helper.
 """
 
 import torch

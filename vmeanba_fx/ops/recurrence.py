@@ -1,12 +1,12 @@
 """The bare recurrence h_t = a_t h_{t-1} + b_t in plain PyTorch, in two memory layouts.
 
-Neither divides by a cumulative product nor takes the exponential of a sum, so both are as safe as the loop itself: a decay of
-exactly zero, a decay above one and a sequence of 65,536 steps are all fine.
+Neither divides by a cumulative product nor takes the exponential of a sum, so both are as safe as the loop itself: a
+decay of exactly zero, a decay above one and a sequence of 65,536 steps are all fine.
 
-`scan_steps_`  time is the outermost dim. Each step is one wide vector, and the cost is one fused multiply-add per element.
-               For many rows.
-`scan_rows`    time is the innermost dim. For few rows, where a step would be too short a vector: the window of steps that an
-               element has absorbed doubles (1, 2, 4, ... W), then blocks of W steps follow one another.
+`scan_steps_`  time is the outermost dim: each step is one wide vector, at one fused multiply-add per element. For many
+               rows.
+`scan_rows`    time is the innermost dim. For few rows, where a step would be too short a vector: the window of steps
+               that an element has absorbed doubles (1, 2, 4, ... W), then blocks of W steps follow one another.
 """
 
 from collections.abc import Sequence
@@ -50,8 +50,8 @@ def _foreach_is_sequential() -> bool:
 def scan_rows(a: Tensor, b: Tensor, *, spoil: bool = False, reverse: bool = False) -> Tensor:
     """The states h along the last dim, in a fresh tensor of b's shape.
 
-    `a` broadcasts against `b` in the dims before the last. With `spoil`, `a` and `b` are contiguous work space that may be
-    overwritten, and the result may be `b`. With `reverse`, h_t = a_t h_{t+1} + b_t.
+    `a` broadcasts against `b` in the dims before the last. With `spoil`, `a` and `b` are contiguous work space that may
+    be overwritten, and the result may be `b`. With `reverse`, h_t = a_t h_{t+1} + b_t.
     """
     length = b.shape[-1]
     window = _window(length, b.numel() // max(length, 1))
@@ -65,8 +65,8 @@ def scan_rows(a: Tensor, b: Tensor, *, spoil: bool = False, reverse: bool = Fals
 
     width = 1
     while width < window:
-        # Now b[t] is h_t with all before step t-width+1 taken as zero, and a[t] the decay over those width steps. (The a of
-        # the first width-1 steps is not, and meets only the zero state before the first step.)
+        # Now b[t] is h_t with all before step t-width+1 taken as zero, and a[t] the decay over those width steps. (For
+        # the first width-1 steps a is something else, but there it meets only the zero state before the first step.)
         near, far, edge = _halves(width, reverse)
         a_now, b_now = a, b
         b = replace(b_now, free_b)
@@ -84,7 +84,7 @@ def scan_rows(a: Tensor, b: Tensor, *, spoil: bool = False, reverse: bool = Fals
 
 
 def _halves(width: int, reverse: bool) -> tuple:
-    """Slices of the last dim: where a neighbour `width` steps before exists, that neighbour, and where there is none."""
+    """Slices of the last dim: where a neighbour `width` steps before exists, that neighbour, where there is none."""
     if reverse:
         return (..., slice(None, -width)), (..., slice(width, None)), (..., slice(-width, None))
     return (..., slice(width, None)), (..., slice(None, -width)), (..., slice(None, width))

@@ -8,7 +8,7 @@ Tile = tuple[slice, slice, slice]
 def tiles(batch: int, groups: int, channels: int, cost: int, budget: int) -> Iterator[Tile]:
     """Slices of (B, K, D) that cover everything once, each of at most `budget` where one channel counts `cost`.
 
-    Whole batch items if they fit, else whole groups of one item, else channels of one group; never less than one channel.
+    Whole batch items if they fit, else whole groups of one item, else channels of one group; at least one channel.
     """
     every = slice(None)
     if groups * channels * cost <= budget:

@@ -206,14 +206,14 @@ def void(_: object) -> None:
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is a layer, shown as one ``call_module`` node where it hides no scan.
 
-    Layers are the modules of ``torch.nn`` except containers, and any module without submodules that has weights or
-    derives from such a layer. Modules without weights (a permutation, a patch merge) are traced into.
+    Layers are the modules of ``torch.nn`` (except containers) and einops, and any module without submodules that has
+    weights or derives from such a layer. Modules without weights (a permutation, a patch merge) are traced into.
     """
     if isinstance(module, torch.jit.ScriptModule):
         return True
     if isinstance(module, _CONTAINERS):
         return False
-    if type(module).__module__.split(".")[:2] in (["torch", "nn"], ["torch", "ao"]):
+    if type(module).__module__.startswith(("torch.nn.", "torch.ao.", "einops.")):
         return True
     if next(module.children(), None) is not None:
         return False

@@ -153,10 +153,7 @@ def _define_in_place(name: str) -> None:
     setattr(ShadowProxy, f"__{name}__", method)
 
 
-IN_PLACE_OPERATORS = (
-    "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift".split()
-)  # fmt: skip
-for _name in IN_PLACE_OPERATORS:
+for _name in "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift".split():
     _define_in_place(_name)
 
 

@@ -15,11 +15,7 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
 from . import forms, source
 from .guards import SymbolicTraceError, check_guard
-from .proxy import IN_PLACE_OPERATORS, ShadowProxy, ShadowSize, proxies_in, shadows_of
-
-# Dead code elimination drops an in-place operation whose result nobody reads; its effect is read through the tensor.
-for _name in IN_PLACE_OPERATORS:
-    has_side_effect(getattr(operator, _name))
+from .proxy import ShadowProxy, ShadowSize, proxies_in, shadows_of
 
 _NO_VALUE = object()
 # Values that Python decides upon without asking them anything (`is`, a dictionary key): never given out as proxies.
@@ -167,7 +163,7 @@ class Recorder(fx.Tracer):
 
     def in_place(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A function that changes its first argument."""
-        has_side_effect(target)
+        has_side_effect(target)  # or fx's dead code elimination drops it where nobody reads its result
         self._known.clear()  # it may have changed a shape
         if forms.changes_rank(target):
             self._ranked.difference_update(p.node for p in proxies_in(args[:1]))

@@ -78,6 +78,8 @@ def symbolic_trace(
 def _check_arguments(model: object, example_inputs: tuple[Any, ...], leaf_modules: tuple[object, ...]) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"symbolic_trace takes an nn.Module, not {type(model).__name__}")
+    if "_orig_mod" in model._modules:
+        raise TypeError("the model is compiled; trace what it was compiled from: symbolic_trace(model._orig_mod, ...)")
     if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(example_inputs)):
         raise TypeError("symbolic_trace needs example inputs: symbolic_trace(model, torch.zeros(2, 3, 64, 64))")
     for leaf in leaf_modules:

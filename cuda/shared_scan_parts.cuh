@@ -1,0 +1,213 @@
+// The pieces of shared_scan.cu: asynchronous copies, tiles of a map, the order in which a thread meets its steps, warp scans.
+// Pasted into it after its macros and Params; no file of its own.
+
+__device__ __forceinline__ void team_barrier(int team) {
+    if (TEAMS == 1) __syncthreads();
+    else asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(TEAM_THREADS) : "memory");
+}
+
+__device__ __forceinline__ void commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+template <int PENDING> __device__ __forceinline__ void wait() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
+template <int BYTES> __device__ __forceinline__ void copy(void *to, const void *from) {
+#if __CUDA_ARCH__ >= 800
+    const uint_t address = (uint_t)__cvta_generic_to_shared(to);
+    if (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+    else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(BYTES) : "memory");
+#else
+#pragma unroll
+    for (int i = 0; i < BYTES / 4; ++i) ((uint_t *)to)[i] = ((const uint_t *)from)[i];
+#endif
+}
+
+// Which positions of the map a tile holds. Along rows: a flat range from `origin`; along columns: all rows of some columns.
+struct Tile {
+    int count;   // positions
+    int origin;  // flat position of the first
+    int line;    // elements of one line of the tile; lines are a map's width apart in the map
+    bool flat;   // lines follow each other in the map too
+
+    // Where the tile's q-th position is in shared memory, and in the map.
+    __device__ __forceinline__ int index(int q, int skew) const { return q + skew * (int)((uint_t)q / (8u * (uint_t)line)); }
+    __device__ __forceinline__ int position(int q, int width) const {
+        return flat ? origin + q : origin + (int)((uint_t)q / (uint_t)line) * (width - line) + q;
+    }
+};
+
+__device__ __forceinline__ Tile tile_at(const Params &p, int code, int tile) {
+    const int length = LENGTH_OF, width = WIDTH_OF, height = HEIGHT_OF;
+    if (ONE_TILE) return {length, 0, width, true};
+    Tile r;
+    if (code & 1) {
+        const int first = tile * COLUMNS_OF;
+        const int columns = width % COLUMNS_OF == 0 ? COLUMNS_OF : min(COLUMNS_OF, width - first);
+        r.line = columns;
+        r.count = columns * height;
+        r.origin = code & 2 ? width - first - columns : first;
+        r.flat = columns == width;
+    } else {
+        const int first = tile * ROWS_OF;
+        r.line = width;
+        r.count = min(ROWS_OF, length - first);
+        r.origin = code & 2 ? length - first - r.count : first;
+        r.flat = true;
+    }
+    return r;
+}
+
+// Copies a tile of one array into shared memory. `from` is the array's first map element.
+template <int CODE>
+__device__ __forceinline__ void fetch(char *to, int64 from, int64 stride_h, int64 stride_w, const Tile &tile, const Params &p,
+                                      int thread) {
+    typedef typename Element<CODE>::type type;
+    const int skew = SKEW_OF, width = WIDTH_OF;
+#if COPY
+    const int pack = COPY / Element<CODE>::bytes;
+#pragma unroll
+    for (int i = 0; i < ITEMS / pack; ++i) {
+        const int q = (i * TEAM_THREADS + thread) * pack;
+        if (q < tile.count) copy<COPY>((type *)to + tile.index(q, skew), (const type *)from + tile.position(q, width));
+    }
+#else
+#pragma unroll 1
+    for (int q = thread; q < tile.count; q += TEAM_THREADS) {
+        const int position = tile.position(q, width), h = position / width, w = position - h * width;
+        ((type *)to)[tile.index(q, skew)] = ((const type *)from)[h * stride_h + w * stride_w];
+    }
+#endif
+}
+
+// A thread's ITEMS steps of a tile. Where 8 steps are 8 neighbours of a line or of a column (`kind`), one index says where they
+// are, and reversed directions keep them in ascending order and scan the thread's items downwards. Registers then hold items in
+// the order of memory, and addresses are one register plus constants.
+struct Steps {
+    int block[ITEMS / 8];  // LINES, COLUMNS: index of the first of 8
+    int index[ITEMS];      // SCATTERED: index of each step
+    int kind, line;
+    bool down;
+
+    // `at`: the tile's arrays; `offset`: where in them this one is, in bytes.
+    template <int CODE> __device__ __forceinline__ void read(float *v, const char *at, int offset) const {
+        typedef typename Element<CODE>::type type;
+        const int bytes = Element<CODE>::bytes;
+        if (MAYBE_SCATTERED && kind == SCATTERED) {
+#pragma unroll
+            for (int i = 0; i < ITEMS; ++i) v[i] = Element<CODE>::load((const type *)(at + index[i] * bytes + offset));
+        } else if (MAYBE_COLUMNS && kind == COLUMNS) {
+#pragma unroll
+            for (int i = 0; i < ITEMS; ++i)
+                v[i] = Element<CODE>::load((const type *)(at + block[i / 8] * bytes + (offset + i % 8 * line * bytes)));
+        } else {
+#pragma unroll
+            for (int s = 0; s < ITEMS; s += 8) {
+                Pack<CODE, 8> pack;
+                pack.load(at + block[s / 8] * bytes + offset);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) v[s + i] = pack.get(i);
+            }
+        }
+    }
+
+    // Whether item i of this thread lies within the tile.
+    __device__ __forceinline__ bool has(int i, int thread, int count) const {
+        return thread * ITEMS + (down ? ITEMS - 1 - i : i) < count;
+    }
+};
+
+__device__ __forceinline__ void find_steps(Steps &steps, const Params &p, const Tile &tile, int code, int k, int thread) {
+    const int skew = SKEW_OF, height = HEIGHT_OF, width = WIDTH_OF;
+    const bool scattered = TABLE || code & 4 || (code & 1 ? height % 8 : code & 2 ? LENGTH_OF % 8 : 0);
+    steps.kind = scattered ? SCATTERED : code & 1 ? COLUMNS : LINES;
+    steps.down = !scattered && code & 2;
+    steps.line = tile.line;
+    if (!MAYBE_SCATTERED || !scattered) {
+#pragma unroll
+        for (int s = 0; s < ITEMS / 8; ++s) {
+            // Blocks past the end read the last block, or the first: something readable that nothing depends on.
+            const int last = (tile.count - 1) / 8 * 8;
+            int q = steps.down ? max(tile.count - (thread + 1) * ITEMS + 8 * s, 0) : min(thread * ITEMS + 8 * s, last);
+            if (MAYBE_COLUMNS && code & 1) {
+                const int w = (int)((uint_t)q / (uint_t)height);
+                q = (q - w * height) * tile.line + w;
+            }
+            steps.block[s] = tile.index(q, skew);
+        }
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) {
+        const int step = min(thread * ITEMS + i, tile.count - 1);
+        int q = code & 2 ? tile.count - 1 - step : step;
+#if TABLE
+        q = ((const int *)p.table)[(int64)k * tile.count + step];
+#else
+        if (code & 1) {
+            const int w = (int)((uint_t)q / (uint_t)height), h = q - w * height;
+            q = (code & 4 ? height - 1 - h : h) * tile.line + w;
+        } else if (code & 4) {
+            const int h = (int)((uint_t)q / (uint_t)width), w = q - h * width;
+            q = h * width + width - 1 - w;
+        }
+#endif
+        steps.index[i] = tile.index(q, skew);
+    }
+}
+
+// The thread's own steps from a zero state: y gets its share, h is the state it leaves. `reach` comes as C and leaves as what a
+// state that enters adds to y: C times the product of decays so far.
+template <bool DOWN>
+__device__ __forceinline__ void scan_own(float (&y)[RANK][ITEMS], float (&h)[RANK], float &product, float (&reach)[ITEMS],
+                                         const float (&a)[ITEMS], const float (&in)[RANK][ITEMS]) {
+    product = 1.f;
+#pragma unroll
+    for (int r = 0; r < RANK; ++r) h[r] = 0.f;
+#pragma unroll
+    for (int j = 0; j < ITEMS; ++j) {
+        const int i = DOWN ? ITEMS - 1 - j : j;
+#pragma unroll
+        for (int r = 0; r < RANK; ++r) {
+            h[r] = fmaf(a[i], h[r], in[r][i]);
+            y[r][i] = fmaf(reach[i], h[r], y[r][i]);
+        }
+        product *= a[i];
+        reach[i] *= product;
+    }
+}
+
+__device__ __forceinline__ void put(float *to, float value, bool add) { *to = add ? *to + value : value; }
+
+struct Cursor {
+    int k, tile, n, step, front;
+
+    __device__ __forceinline__ int code(const Params &p) const {
+#if TABLE
+        return 0;
+#elif BAKED
+        return (int)(DIRECTIONS >> (4 * min(k, 15))) & 7;
+#else
+        return (int)(p.directions >> (4 * min(k, 15))) & 7;
+#endif
+    }
+    __device__ __forceinline__ int tiles(const Params &p) const {
+        if (ONE_TILE) return 1;
+        return code(p) & 1 ? (WIDTH_OF + COLUMNS_OF - 1) / COLUMNS_OF : (LENGTH_OF + ROWS_OF - 1) / ROWS_OF;
+    }
+    __device__ __forceinline__ void advance(const Params &p, int k_step) {
+        ++step;
+        if (++n < NSTATE) return;
+        n = 0;
+        ++front;
+        if (++tile < tiles(p)) return;
+        tile = 0;
+        k += k_step;
+    }
+};

@@ -1,0 +1,107 @@
+"""Exact: 1x1 convolutions become linear layers on channels-last maps, and permutations between such steps cancel.
+
+Networks with channel-first LayerNorms permute each map twice per norm, copy it for the norm, and convert it again inside every
+convolution. Moved through the pointwise steps, the permutations meet and go.
+
+Before::
+
+    a = aten.permute(x, [0, 2, 3, 1])
+    b = aten.layer_norm(a, ...)
+    c = aten.permute(b, [0, 3, 1, 2])
+    d = aten.conv2d(c, fc1)                    # 1x1
+    e = aten.gelu(d)
+    f = aten.conv2d(e, fc2)                    # 1x1
+    y = x + f
+
+After (x is the permuted form of x')::
+
+    b = aten.layer_norm(x', ...)
+    d = aten.linear(b, fc1)
+    e = aten.gelu(d)
+    f = aten.linear(e, fc2)
+    y = aten.permute(x' + f, [0, 3, 1, 2])
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, fx
+
+from vmeanba_fx.graph import Emitter, aten, remove_dead_code, value
+
+from .cleanup import cleanup
+
+NAME = "channels_last"
+_FIRST, _LAST = [0, 3, 1, 2], [0, 2, 3, 1]
+_UNARY = {
+    aten.gelu.default, aten.silu.default, aten.relu.default, aten.sigmoid.default, aten.tanh.default, aten.neg.default,
+    aten.dropout.default, aten.to.dtype, aten.contiguous.default, aten.clone.default,
+}  # fmt: skip
+_BINARY = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
+
+
+def channels_last(gm: fx.GraphModule) -> fx.GraphModule:
+    """Rewrite ``gm`` in place and return it. Sub-graphs are left alone: their inputs' layouts are not theirs to choose."""
+    for node in list(gm.graph.nodes):
+        if node.target is aten.conv2d.default and _is_pointwise(node):
+            _to_linear(node)
+    for node in list(gm.graph.nodes):
+        if node.op == "call_function":
+            _sink(node)
+    remove_dead_code(gm)
+    return cleanup(gm)
+
+
+def _is_pointwise(conv: fx.Node) -> bool:
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    a = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1} | dict(zip(names, conv.args, strict=False))
+    kernel = tuple(value(a["weight"]).shape[2:])
+    plain = list(a["stride"]) == [1, 1] and list(a["padding"]) == [0, 0] and a["groups"] == 1
+    return kernel == (1, 1) and plain and value(a["input"]).dim() == 4
+
+
+def _to_linear(conv: fx.Node) -> None:
+    emit = Emitter(conv.graph, conv, NAME)
+    x, weight = conv.args[0], conv.args[1]
+    bias = conv.args[2] if len(conv.args) > 2 else None
+    matrix = weight
+    while matrix.target is aten.unsqueeze.default and value(matrix.args[0]).dim() >= 2:
+        matrix = matrix.args[0]
+    if value(matrix).dim() != 2:
+        matrix = emit(aten.flatten.using_ints, weight, 1, 3)
+    out = emit(aten.linear.default, emit(aten.permute.default, x, _LAST), matrix, bias)
+    conv.replace_all_uses_with(emit(aten.permute.default, out, _FIRST))
+
+
+def _sink(node: fx.Node) -> None:
+    """``f(permute(x))`` becomes ``permute(f(x))``, so that permutations move towards the outputs and meet."""
+    if node.target in _UNARY and _is_first(node.args[0]):
+        inside = [node.args[0].args[0], *node.args[1:]]
+    elif node.target in _BINARY and (operands := _operands(node)) is not None:
+        inside = operands
+    else:
+        return
+    emit = Emitter(node.graph, node, NAME, like=node)
+    node.replace_all_uses_with(emit(aten.permute.default, emit(node.target, *inside, **node.kwargs), _FIRST))
+
+
+def _is_first(node: object) -> bool:
+    return isinstance(node, fx.Node) and node.target is aten.permute.default and list(node.args[1]) == _FIRST
+
+
+def _operands(node: fx.Node) -> list[object] | None:
+    """Both operands with the channels last, or None where one of them cannot be read so without moving data."""
+    emit = Emitter(node.graph, node, NAME, like=node)
+    pair = node.args[:2]
+    if not any(_is_first(a) for a in pair):
+        return None
+    plans = []
+    for a in pair:
+        if _is_first(a):
+            plans.append(lambda a=a: a.args[0])
+        elif not isinstance(a, fx.Node) or not isinstance(value(a), Tensor) or value(a).numel() == 1:
+            plans.append(lambda a=a: a)
+        elif value(a).dim() == 3 and tuple(value(a).shape[1:]) == (1, 1):  # one value per channel
+            plans.append(lambda a=a: emit(aten.flatten.using_ints, a, 0, 2))
+        else:
+            return None
+    return [*(plan() for plan in plans), *node.args[2:]]
