@@ -4,14 +4,14 @@
 //
 // x, out (B, D, H, W); feats (B, K, R + 2N, H, W): r, B, C of every position and direction; weight (K, D, R); A (K*D, N).
 //
-// A team owns 8 channels of one batch item for all K directions. It copies their x to shared memory and adds
-// up y there in float, so that the K orders of reading and the merge cost no device memory traffic. A warp works on tiles of
-// 8 * SEG steps: lane = 4 * segment + pair holds SEG consecutive steps of 2 channels. That is the layout of the result of
-// mma.m16n8k16 (rows: steps, columns: channels), which forms weight_k r, and one more mma with a one-hot matrix gives every
-// lane the B and C of its own steps as floats. Inside a lane the scan is sequential, across the 8 segments it takes three
-// shuffles. Warp w of WARPS takes tiles w, w + WARPS, ..., and the state is handed on from tile to tile through shared
-// memory: it waits only for the state that its predecessor publishes, so the warps drift apart, and the memory phases of some
-// overlap the arithmetic of others. Between directions a warp waits for the others just before it first adds to y.
+// A team owns 8 channels of one batch item for all K directions. It copies their x to shared memory and adds up y there in
+// float, so that the K orders of reading and the merge cost no device memory traffic. A warp works on tiles of 8 * SEG steps:
+// lane = 4 * segment + pair holds SEG consecutive steps of 2 channels. That is the layout of the result of mma.m16n8k16 (rows:
+// steps, columns: channels), which forms weight_k r, and one more mma with a one-hot matrix gives every lane the B and C of
+// its own steps as floats. Inside a lane the scan is sequential, across the 8 segments it takes three shuffles. Warp w of
+// WARPS takes tiles w, w + WARPS, ..., and the state is handed on from tile to tile through shared memory: a warp waits only
+// for the state that its predecessor publishes, so the warps drift apart, and the memory phases of some overlap the
+// arithmetic of others. Between directions a warp waits for the others just before it first adds to y.
 //
 // FRONTS = 2: a team has twice WARPS warps, and the second half walks the reverse of the first half's direction meanwhile.
 // They meet in the middle; of the two that come to a tile of the map, the first is always the same one, and the second waits
@@ -19,20 +19,29 @@
 //
 // Steps are in base 2: dt / ln 2 = log2(1 + 2^(z log2 e)), which saves multiplications; y is scaled by ln 2 at the end.
 //
-// Macros, all integers. Types (0 float, 1 half, 2 bfloat16): X_TYPE, F_TYPE, W_TYPE, A_TYPE, D_TYPE, BIAS_TYPE, OUT_TYPE.
-// RANK, NSTATE, SOFTPLUS. SEG, WARPS, FRONTS, TEAMS (teams in a block), MIN_BLOCKS, RING (a power of 2, at least WARPS + 2),
-// LINKS_BYTES (what the host takes the size of struct Links to be).
-// HEIGHT: 0 to take sizes and strides from the arguments, else it and WIDTH, PITCH, PLANE, X_OFFSETS, Y_OFFSETS, F_STRIDE (of
-// positions in feats) and X_STRIDE (of channels in x) are known at compile time. WHOLE: SEG divides H and W, so
-// no segment turns a corner. SPECIAL (with WHOLE): the four directions of walking are compiled apart. STEADY (with WHOLE): tiles and rounds of tiles are
-// whole lines. ORDER: positions come from a table.
-// FULL: 8 channels for every team. X_LAYOUT: 0 any strides; with FULL, 1 unit stride along W, even sizes, aligned to 2
-// elements, 2 channels last, aligned to 8. OUT_PAIRS: W even. MMA: tensor cores, for half or bfloat16 features with unit stride along channels, R even;
-// FETCH: 4-byte words in a feature load; BC_APART: B and C are loaded by every lane and not picked by mma, for ranks that fill
-// the lanes' loads without them; SPLIT: weights as sums of two F_TYPE values. SPILL: the team's x and y are in device
-// memory (`work`), for maps too large for shared memory.
+// Macros, all integers:
+//   X_TYPE, F_TYPE, W_TYPE, A_TYPE, D_TYPE, BIAS_TYPE, OUT_TYPE   0 float, 1 half, 2 bfloat16
+//   RANK, NSTATE, SOFTPLUS
+//   SEG, WARPS, FRONTS, TEAMS (in a block), MIN_BLOCKS
+//   RING          slots for states under way: a power of 2, at least WARPS + 2
+//   LINKS_BYTES   what the host takes the size of struct Links to be
+//   HEIGHT        0: sizes and strides are in the arguments; else it and WIDTH, PITCH, PLANE, X_OFFSETS, Y_OFFSETS, F_STRIDE
+//                 (of positions in feats), X_STRIDE (of channels in x) are known at compile time
+//   WHOLE         SEG divides H and W, so that no segment turns a corner
+//   SPECIAL       with WHOLE: the four directions of walking are compiled apart
+//   STEADY        with WHOLE: tiles, and rounds of WARPS tiles, are whole lines
+//   ORDER         positions come from a table
+//   FULL          8 channels for every team
+//   X_LAYOUT      0 any strides; with FULL: 1 unit stride along W, even sizes, aligned to 2 elements; 2 channels last, aligned to 8
+//   OUT_PAIRS     W is even
+//   MMA           tensor cores: half or bfloat16 features with unit stride along channels, R even
+//   FETCH         4-byte words in a feature load
+//   BC_APART      B and C are loaded by every lane, not picked by mma: for ranks that fill the lanes' loads without them
+//   SPLIT         weights as sums of two F_TYPE values
+//   SPILL         the team's x and y are in device memory (`work`), for maps too large for shared memory
 #include "common.cuh"
 #include "ss2d_parts.cuh"
+#include "ss2d_maps.cuh"
 
 // What a warp knows when it starts on a direction.
 struct Site {
@@ -42,74 +51,15 @@ struct Site {
     int64 batch;
 };
 
-// Where the segment's steps lie: `first() + from_first(i)` in the map, `place(i)` in shared memory. Split so that the offset
-// from the first step is a constant of the load instruction where it can be.
-struct Steps {
-#if ORDER || !WHOLE
-    int at_[SEG], place_[SEG];
-    __device__ __forceinline__ int first() const { return 0; }
-    __device__ __forceinline__ int from_first(int i) const { return at_[i]; }
-    __device__ __forceinline__ int place(int i) const { return place_[i]; }
-#else
-    int at_, place_, step_at, step_place;
-    __device__ __forceinline__ int first() const { return at_; }
-    __device__ __forceinline__ int from_first(int i) const { return i * step_at; }
-    __device__ __forceinline__ int place(int i) const { return place_ + i * step_place; }
-#endif
-};
-
-// A direction as an affine map from (line, step in the line).
-struct Walk {
-    bool column;
-    int minor_length, step_p, step_q, line_p, line_q, origin_p, origin_q;
-
-    __device__ __forceinline__ Walk(bool column, bool back, bool mirrored, int height, int width, int pitch) : column(column) {
-        minor_length = column ? height : width;
-        const int lines = column ? width : height;
-        step_p = (column ? width : 1) * (mirrored ? -1 : 1);
-        step_q = (column ? pitch : 1) * (mirrored ? -1 : 1);
-        line_p = (column ? 1 : width) * (back ? -1 : 1);
-        line_q = (column ? 1 : pitch) * (back ? -1 : 1);
-        origin_p = (back ? -(lines - 1) * line_p : 0) + (mirrored ? -(minor_length - 1) * step_p : 0);
-        origin_q = (back ? -(lines - 1) * line_q : 0) + (mirrored ? -(minor_length - 1) * step_q : 0);
-    }
-
-    __device__ __forceinline__ int lines_in(int tiles) const { return tiles * 8 * SEG / minor_length; }
-
-    __device__ __forceinline__ Steps steps(int start, int length, int height, int width) const {
-        Steps s;
-#if WHOLE
-        const int t = min(start, length - SEG), line = column ? t / height : t / width, step = t - line * minor_length;
-        s.at_ = origin_p + line * line_p + step * step_p;
-        s.place_ = origin_q + line * line_q + step * step_q;
-        s.step_at = step_p;
-        s.step_place = step_q;
-#else
-        const int t = min(start, length - 1), line = column ? t / height : t / width;
-        int step = t - line * minor_length;
-        s.at_[0] = origin_p + line * line_p + step * step_p;
-        s.place_[0] = origin_q + line * line_q + step * step_q;
-#pragma unroll
-        for (int i = 1; i < SEG; ++i) {
-            const bool turn = ++step == minor_length, stop = start + i >= length;
-            if (turn) step = 0;
-            s.at_[i] = s.at_[i - 1] + (stop ? 0 : turn ? line_p - (minor_length - 1) * step_p : step_p);
-            s.place_[i] = s.place_[i - 1] + (stop ? 0 : turn ? line_q - (minor_length - 1) * step_q : step_q);
-        }
-#endif
-        return s;
-    }
-};
-
 // One direction; KIND = column + 2 * mirrored at compile time, or -1.
 template <int KIND> __device__ __forceinline__ void scan_direction(const Params &p, const Site &site, int height, int width, int pitch) {
     const int pair = site.lane & 3, segment = site.lane >> 2, k = site.k, channels = (int)p.channels;
-
     const int64 f_p = HEIGHT ? F_STRIDE : p.f_p;
     const f_type *feats = (const f_type *)p.feats + site.batch * p.f_b + k * p.f_k;
 #if !ORDER
     const int code = (int)(p.codes >> (4 * k)) & 7;
-    const Walk walk(KIND >= 0 ? KIND & 1 : code & 1, code & 2, KIND >= 0 ? KIND & 2 : ((code >> 2) ^ (code >> 1)) & 1, height, width, pitch);
+    const bool column = KIND >= 0 ? KIND & 1 : code & 1, mirrored = KIND >= 0 ? KIND & 2 : ((code >> 2) ^ (code >> 1)) & 1;
+    const Walk walk(column, code & 2, mirrored, height, width, pitch);
 #endif
     const int length = site.stage.length;
     const x_couple *const x_of_lane = site.stage.x_of(pair);
@@ -210,8 +160,10 @@ template <int KIND> __device__ __forceinline__ void scan_direction(const Params 
 #else
 #pragma unroll
             for (int s = 0; s < KSTEPS; ++s) {
-                const bool full = 2 * s + 1 < LANE_WORDS;
-                const uint_t a[4] = {even[2 * s], odd[2 * s], full ? even[full ? 2 * s + 1 : 0] : 0u, full ? odd[full ? 2 * s + 1 : 0] : 0u};
+                constexpr int LAST = LANE_WORDS - 1;
+                const bool whole = 2 * s < LAST;  // else the second half of this k-step is zeros
+                const int more = whole ? 2 * s + 1 : 0;
+                const uint_t a[4] = {even[2 * s], odd[2 * s], whole ? even[more] : 0u, whole ? odd[more] : 0u};
                 mma16(z, a, high[2 * s], high[2 * s + 1], s == 0 ? bias : z);
                 if (SPLIT) mma16(z, a, low[2 * s], low[2 * s + 1], z);
                 if (BC_BY_MMA && s == BC / 2) mma16(bc, a, one_hot[0], one_hot[1], bc);
@@ -285,8 +237,10 @@ template <int KIND> __device__ __forceinline__ void scan_direction(const Params 
         }
 
         // ---- the scan of every state
-        float y[SEG][2], a[SEG][2], b[SEG][2], h[2];
-        (void)y;
+        float a[SEG][2], b[SEG][2], h[2];
+#if NSTATE > 1
+        float y[SEG][2];
+#endif
 #pragma unroll 1
         for (int n = 0; n < NSTATE; ++n) {
             float decay[2] = {1.f, 1.f}, state[2] = {0.f, 0.f};
@@ -325,8 +279,8 @@ template <int KIND> __device__ __forceinline__ void scan_direction(const Params 
             if (tile > 0) entry = await_state(chain + (n * RING + (tag & (RING - 1))) * 64 + 8 * (segment & 1), tag);
             h[0] = __shfl_sync(0xffffffffu, entry, pair);
             h[1] = __shfl_sync(0xffffffffu, entry, pair + 4);
-            publish(chain + (n * RING + ((tag + 1) & (RING - 1))) * 64, fmaf(decay[0], h[0], state[0]), fmaf(decay[1], h[1], state[1]), tag + 1,
-                    segment == 7 && tile + 1 < site.tiles);
+            const float exit0 = fmaf(decay[0], h[0], state[0]), exit1 = fmaf(decay[1], h[1], state[1]);
+            publish(chain + (n * RING + ((tag + 1) & (RING - 1))) * 64, exit0, exit1, tag + 1, segment == 7 && tile + 1 < site.tiles);
 #pragma unroll
             for (int c = 0; c < 2; ++c) h[c] = fmaf(before_decay[c], h[c], before[c]);
 #else
@@ -336,15 +290,15 @@ template <int KIND> __device__ __forceinline__ void scan_direction(const Params 
                 carry[c] = __shfl_sync(0xffffffffu, fmaf(decay[c], carry[c], state[c]), 28 + pair);
             }
 #endif
-            if (NSTATE > 1) {
+#if NSTATE > 1
 #pragma unroll
-                for (int i = 0; i < SEG; ++i)
+            for (int i = 0; i < SEG; ++i)
 #pragma unroll
-                    for (int c = 0; c < 2; ++c) {
-                        h[c] = fmaf(a[i][c], h[c], b[i][c]);
-                        y[i][c] = fmaf(c_of[i], h[c], n == 0 ? 0.f : y[i][c]);
-                    }
-            }
+                for (int c = 0; c < 2; ++c) {
+                    h[c] = fmaf(a[i][c], h[c], b[i][c]);
+                    y[i][c] = fmaf(c_of[i], h[c], n == 0 ? 0.f : y[i][c]);
+                }
+#endif
         }
 
         // ---- add to y
@@ -443,5 +397,6 @@ extern "C" __global__ void __launch_bounds__(MEMBERS * TEAMS, MIN_BLOCKS) ss2d(c
         const Element<D_TYPE>::type *source = (const Element<D_TYPE>::type *)p.D + min(site.first_channel + c, channels - 1);
         skip[c] = p.D ? Element<D_TYPE>::load(source) : 0.f;
     }
-    site.stage.write((Element<OUT_TYPE>::type *)p.out + (site.batch * channels + site.first_channel) * (int64)site.stage.length, skip, live, member);
+    const int64 first_row = site.batch * channels + site.first_channel;
+    site.stage.write((Element<OUT_TYPE>::type *)p.out + first_row * site.stage.length, skip, live, member);
 }

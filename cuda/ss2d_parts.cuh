@@ -1,5 +1,5 @@
-// Building blocks of ss2d.cu, which describes the macros used here: arithmetic, tensor core operands, the hand-over of states
-// between warps, and the copies between device memory and the team's shared memory.
+// Building blocks of ss2d.cu, which describes the macros used here: arithmetic, tensor core operands, and what the warps of a
+// team tell each other.
 
 struct Params {
     int64 x, feats, weight, A, D, bias, out, order, work;
@@ -189,7 +189,10 @@ __device__ __forceinline__ float await_state(uint_t slot, uint_t tag) {
     float h;
     uint_t seen;
     do {
-        asm volatile("{.reg .b64 both; ld.volatile.shared.b64 both, [%2]; mov.b64 {%0, %1}, both;}" : "=f"(h), "=r"(seen) : "r"(slot) : "memory");
+        asm volatile("{.reg .b64 both; ld.volatile.shared.b64 both, [%2]; mov.b64 {%0, %1}, both;}"
+                     : "=f"(h), "=r"(seen)
+                     : "r"(slot)
+                     : "memory");
     } while (__any_sync(0xffffffffu, seen != tag));
     return h;
 }
@@ -223,114 +226,3 @@ __device__ __forceinline__ void team_barrier() {
     __syncthreads();
 #endif
 }
-
-// Asks for x of the block that will follow this one on the multiprocessor, `ahead` blocks later, to be in the L2 cache then.
-__device__ __forceinline__ void prefetch_later_block(const Params &p, int blocks_of_batch, int team, int member, int length) {
-    const int64 block = blockIdx.x + p.ahead;
-    if (p.ahead == 0 || block >= gridDim.x || p.x_c != length || p.x_p != 1) return;
-    const int64 batch = block / blocks_of_batch, channel = ((block - batch * blocks_of_batch) * TEAMS + team) * 8;
-    const char *from = (const char *)((const x_type *)p.x + batch * p.x_b + channel * p.x_c);
-    const int bytes = (int)min((int64)8, p.channels - channel) * length * (int)sizeof(x_type);
-    for (int i = member * 128; i < bytes; i += MEMBERS * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
-}
-
-// Shared memory of a team: the 4 channel pairs one after the other, map rows `pitch` apart. The pitch and the offsets of the
-// pairs are chosen on the host so that the lanes of a warp seldom meet in a bank, by rows as by columns.
-struct Stage {
-    float2 *y;
-    x_couple *x;
-    int width, length, pad, plane;
-    uint_t x_offsets, y_offsets;
-
-    __device__ __forceinline__ x_couple *x_of(int pair) const { return x + pair * plane + (int)((x_offsets >> (8 * pair)) & 255); }
-    __device__ __forceinline__ float2 *y_of(int pair) const { return y + pair * plane + (int)((y_offsets >> (8 * pair)) & 255); }
-    __device__ __forceinline__ int place_of(int position) const { return position + position / width * pad; }
-
-    __device__ __forceinline__ void clear_y(int member) const {
-        for (int i = member; i < 2 * plane; i += MEMBERS) ((float4 *)y)[i] = make_float4(0.f, 0.f, 0.f, 0.f);
-    }
-
-    // x (8 channels from `source`, `live` of them exist) to shared memory, and zeros to y.
-    __device__ __forceinline__ void read(const Params &p, const x_type *source, int live, int member) const {
-        const int64 x_c = HEIGHT ? X_STRIDE : p.x_c;
-#if X_LAYOUT == 2
-        clear_y(member);
-#pragma unroll 4
-        for (int position = member; position < length; position += MEMBERS) {
-            Pack<X_TYPE, 8> pack;
-            pack.load(source + position * p.x_p);
-            const int place = place_of(position);
-#pragma unroll
-            for (int j = 0; j < 4; ++j) x_of(j)[place] = ((const x_couple *)pack.raw)[j];
-        }
-#elif X_LAYOUT == 1
-        constexpr int BATCH = 4;
-        for (int from = 2 * member; from == 2 * member || from < length; from += BATCH * 2 * MEMBERS) {
-            x_couple rows[BATCH][8];
-#pragma unroll
-            for (int i = 0; i < BATCH; ++i) {
-                const int position = from + i * 2 * MEMBERS;
-                if (position < length) {
-#pragma unroll
-                    for (int c = 0; c < 8; ++c) rows[i][c] = __ldg((const x_couple *)(source + position + c * x_c));
-                }
-            }
-            if (from == 2 * member) clear_y(member);  // while the loads are under way
-#pragma unroll
-            for (int i = 0; i < BATCH; ++i) {
-                const int position = from + i * 2 * MEMBERS, place = place_of(position);
-                if (position < length) {
-#pragma unroll
-                    for (int j = 0; j < 4; ++j) {
-                        x_couple first, second;
-                        XCouple::transpose(rows[i][2 * j], rows[i][2 * j + 1], first, second);
-                        x_of(j)[place] = first;
-                        x_of(j)[place + 1] = second;
-                    }
-                }
-            }
-        }
-#else
-        clear_y(member);
-#pragma unroll 2
-        for (int position = member; position < length; position += MEMBERS) {
-            x_type v[8];
-#pragma unroll
-            for (int c = 0; c < 8; ++c) v[c] = c < live ? __ldg(source + c * x_c + position * p.x_p) : (x_type)0;
-            const int place = place_of(position);
-#pragma unroll
-            for (int j = 0; j < 4; ++j) x_of(j)[place] = XCouple::make(v[2 * j], v[2 * j + 1]);
-        }
-#endif
-    }
-
-    // y ln 2 + D x to device memory, `live` rows of `length` from `target` on.
-    __device__ __forceinline__ void write(Element<OUT_TYPE>::type *target, const float *skip, int live, int member) const {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const float2 *from = y_of(j);
-            const x_couple *x_from = x_of(j);
-            Element<OUT_TYPE>::type *lo = target + (int64)(2 * j) * length, *hi = lo + length;
-#if OUT_PAIRS
-#pragma unroll 2
-            for (int position = 2 * member; position < length; position += 2 * MEMBERS) {
-                const int place = place_of(position);
-                const float2 v0 = from[place], v1 = from[place + 1];
-                const float2 x0 = XCouple::widen(x_from[place]), x1 = XCouple::widen(x_from[place + 1]);
-                const float skip_lo = skip[2 * j], skip_hi = skip[2 * j + 1];
-                if (FULL || live > 2 * j) Couple<OUT_TYPE>::store(lo + position, fmaf(v0.x, LN2, skip_lo * x0.x), fmaf(v1.x, LN2, skip_lo * x1.x));
-                if (FULL || live > 2 * j + 1)
-                    Couple<OUT_TYPE>::store(hi + position, fmaf(v0.y, LN2, skip_hi * x0.y), fmaf(v1.y, LN2, skip_hi * x1.y));
-            }
-#else
-#pragma unroll 2
-            for (int position = member; position < length; position += MEMBERS) {
-                const int place = place_of(position);
-                const float2 v = from[place], x0 = XCouple::widen(x_from[place]);
-                if (FULL || live > 2 * j) Element<OUT_TYPE>::store(lo + position, fmaf(v.x, LN2, skip[2 * j] * x0.x));
-                if (FULL || live > 2 * j + 1) Element<OUT_TYPE>::store(hi + position, fmaf(v.y, LN2, skip[2 * j + 1] * x0.y));
-            }
-#endif
-        }
-    }
-};

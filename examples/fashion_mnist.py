@@ -15,9 +15,9 @@ from quickstart import curve, export_and_check
 
 import vmeanba_fx
 from vmeanba_fx.data import FashionMNIST, make_loader
-from vmeanba_fx.models import CheckpointError, load_checkpoint, vanilla_vmamba_tiny, vmamba_tiny_s1l8
+from vmeanba_fx.models import CheckpointError, load_checkpoint, vmamba_fashion_v0, vmamba_fashion_v05
 
-MODELS = {"v05": vmamba_tiny_s1l8, "v0": vanilla_vmamba_tiny}
+MODELS = {"v05": vmamba_fashion_v05, "v0": vmamba_fashion_v0}
 
 
 def main() -> None:
@@ -34,12 +34,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where to keep the exported model (default: a temporary folder)")
     args = parser.parse_args()
 
-    model = MODELS[args.model](in_chans=1, num_classes=10, dims=48, depths=(2, 2, 4, 2))
+    model = MODELS[args.model]()
     try:
         load_checkpoint(model, args.weights)
         train = loader(args.data, True, args.calibration_images, args.device)
         test = loader(args.data, False, args.test_images, args.device)
-    except (OSError, ValueError, CheckpointError) as error:
+    except (ValueError, CheckpointError) as error:
         sys.exit(f"fashion_mnist.py: {error}")
     model.eval().to(args.device)
 
@@ -61,4 +61,7 @@ def loader(folder: Path, train: bool, limit: int, device: str) -> torch.utils.da
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (vmeanba_fx.VMeanbaError, OSError) as error:
+        sys.exit(f"fashion_mnist.py: {error}")

@@ -12,6 +12,7 @@ import torch
 from tabulate import tabulate
 from torch.export import Dim
 from torch.utils.benchmark import Timer
+from tqdm.auto import tqdm
 
 import vmeanba_fx
 from vmeanba_fx.data import accuracy, load_digits_images, make_loader
@@ -50,7 +51,7 @@ def curve(plan: vmeanba_fx.Plan, model: torch.nn.Module, test: torch.utils.data.
     base = accuracy(model, test)
     flops = sum(site.flops() for site in plan.sites)
     rows = [["original", f"{100 * base:.2f}", "", f"{flops / 1e6:.2f}", milliseconds(model, images)]]
-    for k in range(len(plan.sites) + 1):
+    for k in tqdm(range(len(plan.sites) + 1), desc="measuring", leave=False, disable=None):
         gm = plan.apply(k)
         found = accuracy(gm, test)
         flops = vmeanba_fx.report(gm).flops_after

@@ -42,9 +42,7 @@ def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     height, width = images.shape[2:]
     padded = F.pad(images, (MAX_SHIFT,) * 4, mode="replicate")
     offsets = torch.randint(2 * MAX_SHIFT + 1, (len(images), 2), generator=generator).tolist()
-    return torch.stack(
-        [x[:, top : top + height, left : left + width] for x, (top, left) in zip(padded, offsets, strict=True)]
-    )
+    return torch.stack([x[:, top : top + height, left : left + width] for x, (top, left) in zip(padded, offsets, strict=True)])
 
 
 def train(seed: int, epochs: int) -> VSSM:
@@ -73,9 +71,7 @@ def train(seed: int, epochs: int) -> VSSM:
             total += loss.item()
         if epoch % 5 == 0 or epoch == epochs:
             seconds = time.perf_counter() - started
-            print(
-                f"epoch {epoch:3d}  loss {total / len(loader):.3f}  test {accuracy(model, test):.2%}  {seconds:.0f} s"
-            )
+            print(f"epoch {epoch:3d}  loss {total / len(loader):.3f}  test {accuracy(model, test):.2%}  {seconds:.0f} s")
     return model.eval()
 
 

@@ -42,9 +42,7 @@ def _stand_ins() -> dict[str, types.ModuleType]:
     return {
         "timm": _module("timm"),
         "timm.models": _module("timm.models", register_model=lambda function: function),
-        "timm.models.layers": _module(
-            "timm.models.layers", DropPath=_DropPath, trunc_normal_=torch.nn.init.trunc_normal_
-        ),
+        "timm.models.layers": _module("timm.models.layers", DropPath=_DropPath, trunc_normal_=torch.nn.init.trunc_normal_),
         "fvcore": _module("fvcore"),
         "fvcore.nn": _module("fvcore.nn", **dict.fromkeys(names)),
         "triton": _module("triton", jit=lambda function: function, language=language),

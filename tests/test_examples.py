@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vmeanba_fx.models import save_checkpoint, vmamba_tiny_s1l8
+from vmeanba_fx.models import save_checkpoint, vmamba_fashion_v05
 
 ROOT = Path(__file__).resolve().parent.parent
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -59,7 +59,7 @@ def test_fashion_mnist_names_what_is_missing(tmp_path):
     weights = tmp_path / "weights.safetensors"
     done = example("fashion_mnist.py", tmp_path, "--weights", weights)
     assert done.returncode == 1 and done.stderr == f"fashion_mnist.py: {weights}: no such checkpoint file\n"
-    save_checkpoint(vmamba_tiny_s1l8(in_chans=1, num_classes=10, dims=48, depths=(2, 2, 4, 2)), weights)
+    save_checkpoint(vmamba_fashion_v05(), weights)
     done = example("fashion_mnist.py", tmp_path, "--weights", weights)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert "dataset-fashion-mnist" in done.stderr and str(tmp_path) in done.stderr

@@ -24,9 +24,7 @@ _GET_FASHION = (
 MAX_IDX_BYTES = 1 << 30  # a header that promises more is taken for damage
 
 
-def load_digits_images(
-    train: bool, *, size: int = 32, test_fraction: float = 0.2, seed: int = 0
-) -> tuple[Tensor, Tensor]:
+def load_digits_images(train: bool, *, size: int = 32, test_fraction: float = 0.2, seed: int = 0) -> tuple[Tensor, Tensor]:
     """scikit-learn's 1797 digits as images (n, 1, size, size), about zero mean and unit variance, and labels (n,).
 
     The 8x8 originals are enlarged bilinearly. The split is stratified and fixed by `seed`; train and test are disjoint.

@@ -8,9 +8,7 @@ from tests.helpers import make_scan_matter, relative_error, without_scans
 from vmeanba_fx import models
 from vmeanba_fx.models.upernet import UperHead
 
-CONFIG = dict(
-    depths=(1, 1, 1, 1), dims=8, ssm_d_state=1, forward_type="v05_noz", norm_layer="ln2d", downsample_version="v3"
-)
+CONFIG = dict(depths=(1, 1, 1, 1), dims=8, ssm_d_state=1, forward_type="v05_noz", norm_layer="ln2d", downsample_version="v3")
 
 
 def images(*shape: int) -> torch.Tensor:
@@ -55,8 +53,7 @@ def test_head_arithmetic():
 
     with torch.no_grad():
         pools = [
-            up(block(m[1], F.adaptive_avg_pool2d(coarse, s), 0), (4, 3))
-            for s, m in zip((1, 2), head.psp_modules, strict=True)
+            up(block(m[1], F.adaptive_avg_pool2d(coarse, s), 0), (4, 3)) for s, m in zip((1, 2), head.psp_modules, strict=True)
         ]
         top = block(head.bottleneck, torch.cat([coarse, *pools], 1), 1)
         lateral = block(head.lateral_convs[0], fine, 0) + up(top, (8, 6))

@@ -97,15 +97,11 @@ def test_channel_first_and_last_agree(tag):
         torch.testing.assert_close(last(x), first(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "config", [V0, V05, dict(V05, forward_type="v05", use_checkpoint=True, posembed=True, imgsize=32)]
-)
+@pytest.mark.parametrize("config", [V0, V05, dict(V05, forward_type="v05", use_checkpoint=True, posembed=True, imgsize=32)])
 def test_every_parameter_gets_a_gradient(config):
     model = small(**config, ssm_drop_rate=0.1).train()
     model(images(2, 3, 32, 32)).square().sum().backward()
-    without = [
-        n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()
-    ]
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
     assert without == []
 
 

@@ -123,9 +123,7 @@ def _fit(name: str, value: Tensor, wanted: Tensor) -> Tensor:
     return value
 
 
-def load_checkpoint(
-    model: nn.Module, path: str | Path, *, key: str | None = None, ignore: Iterable[str] = ()
-) -> nn.Module:
+def load_checkpoint(model: nn.Module, path: str | Path, *, key: str | None = None, ignore: Iterable[str] = ()) -> nn.Module:
     """Loads the weights in `path` into `model` (strictly) and returns the model.
 
     ignore: key patterns such as "classifier.*" that may be missing from the file or be left over in it; a pattern that

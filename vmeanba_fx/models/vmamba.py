@@ -165,9 +165,7 @@ class VSSM(nn.Module):
             patches = imgsize // patch_size
             self.pos_embed = nn.Parameter(torch.empty(1, dims[0], patches, patches))
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        self.patch_embed = _patch_embed(
-            in_chans, dims[0], patch_size, patch_norm, self.channel_first, patchembed_version
-        )
+        self.patch_embed = _patch_embed(in_chans, dims[0], patch_size, patch_norm, self.channel_first, patchembed_version)
         total = sum(depths)
         drop_path = iter([drop_path_rate * i / max(total - 1, 1) for i in range(total)])
         self.layers = nn.ModuleList()

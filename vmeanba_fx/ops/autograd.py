@@ -28,8 +28,9 @@ class SelectiveScan(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        grads = _ops.selective_scan_backward.default(grad, *ctx.saved_tensors, ctx.softplus)
-        return *_for_given(ctx.saved_tensors, grads), None, None
+        tensors = ctx.saved_tensors  # read once: under activation checkpointing each read recomputes
+        grads = _ops.selective_scan_backward.default(grad, *tensors, ctx.softplus)
+        return *_for_given(tensors, grads), None, None
 
 
 class LinearScan(Function):
@@ -60,8 +61,9 @@ class SharedScan(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        grads = _ops.shared_scan_backward.default(grad, *ctx.saved_tensors, ctx.softplus)
-        return *_for_given(ctx.saved_tensors, grads), None, None
+        tensors = ctx.saved_tensors  # read once: under activation checkpointing each read recomputes
+        grads = _ops.shared_scan_backward.default(grad, *tensors, ctx.softplus)
+        return *_for_given(tensors, grads), None, None
 
 
 class SharedScan2d(Function):

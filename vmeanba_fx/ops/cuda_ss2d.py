@@ -165,7 +165,7 @@ def _make_plan(x, feats, dt_weight, A, D, delta_bias, order, directions, softplu
     typed = {"X": x, "F": feats, "W": dt_weight, "A": A, "D": D, "BIAS": delta_bias}
     baked = {"HEIGHT": height, "WIDTH": width, "PITCH": pitch, "PLANE": plane, "F_STRIDE": f_stride}
     baked |= {"X_STRIDE": x.stride(1), "X_OFFSETS": _packed(x_offsets, 8), "Y_OFFSETS": _packed(y_offsets, 8)}
-    # Four copies of the main loop pay where the warps of a multiprocessor work on the same ones, or where the loop is short.
+    # Four copies of the main loop pay where a multiprocessor's warps work on the same ones, or where the loop is short.
     special = whole and states == 1 and (tiles == 1 or 2 * team_bytes > cuda_runtime.shared_memory_limit(device))
     full = channels % (8 * teams) == 0
     macros = (
@@ -276,8 +276,9 @@ def _packed(values, bits: int) -> int:
 def _bank_layout(height: int, width: int, segment: int, columns: bool, bytes_of_x: int) -> tuple[int, tuple, tuple]:
     """Row pitch, and offsets of the 4 planes of x and of y, with the fewest bank conflicts in shared memory.
 
-    Lane 4*g + j of a warp accesses plane j at the place of step t = (8 * tile + g) * segment, in rows or in columns. Eight
-    bytes are served in two halves of a warp from 16 banks, four bytes in one go from 32. Planes start at multiples of 32.
+    Lane 4*g + j of a warp accesses plane j at the place of step t = (8 * tile + g) * segment, in rows or in columns.
+    Eight bytes are served in two halves of a warp from 16 banks, four bytes in one go from 32. Planes start at multiples
+    of 32.
     """
     orders = ((height, width, False), (width, height, True)) if columns else ((height, width, False),)
 
