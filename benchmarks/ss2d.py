@@ -1,6 +1,6 @@
 """Times `ss2d` on the GPU at the sizes of the VMamba models, beside what the hardware allows.
 
-    python benchmarks/ss2d.py --models T S B --batches 128 1 --dtype float16
+    PYTHONPATH=. python benchmarks/ss2d.py --models T S B --batches 128 1 --dtype float16
 
 Each size is first checked against the float64 loops of `naive`; a size that fails prints no time and ends the run. A
 time is the median over replays of a CUDA graph of several calls, each on its own inputs, so that a map larger than the

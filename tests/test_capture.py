@@ -328,6 +328,23 @@ def test_scans_inside_autocast_regions_are_found():
     assert agrees(gm, model, zoo.images(5), bound=2e-2)
 
 
+def test_sites_come_in_order_of_execution():
+    """Also where the first scan lies in a sub-graph and the second does not."""
+    model = zoo.live()
+    model.blocks = nn.ModuleList([AutocastBlock(6, model.blocks[0].op), model.blocks[1]]).eval()
+    assert [s.name for s in find_sites(capture(model, zoo.images(3)))] == ["blocks.0.op", "blocks.1.op"]
+
+
+def test_modes_around_the_call_do_not_enter_the_graph(captured):
+    model, _ = captured
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert agrees(capture(model, zoo.images(3)).eval(), model, zoo.images(2), bound=2e-2)
+        gm = capture(model, zoo.images(3))
+    assert agrees(gm, model, zoo.images(2))
+    with torch.inference_mode():
+        assert agrees(capture(model, zoo.images(3)), model, zoo.images(2))
+
+
 # -- in-place operators ----------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from tests import zoo
 from tests.zoo import ScanFunction, selective_scan_fn, vmamba_scan_fn
 from vmeanba_fx import ops
 from vmeanba_fx.capture import capture_info
-from vmeanba_fx.intercept import intercept
+from vmeanba_fx.intercept import cpu_device_guard, intercept
 from vmeanba_fx.ops.last_state import last_state
 from vmeanba_fx.registry import canonical, find_spec, parameter_names, registered_scans, unregister_scan
 
@@ -516,6 +516,17 @@ def test_other_threads_run_the_original():
         thread.start()
         thread.join()
     assert not record.calls and torch.equal(seen[0], EXPECTED)
+
+
+def test_other_threads_keep_their_device_guard():
+    original, seen = torch.cuda.device, []
+    with cpu_device_guard():
+        with torch.cuda.device(torch.device("cpu")):  # would raise
+            pass
+        thread = threading.Thread(target=lambda: seen.append(torch.cuda.device(0)))
+        thread.start()
+        thread.join()
+    assert type(seen[0]) is original is torch.cuda.device
 
 
 # -- the registry ----------------------------------------------------------------------------------------------------

@@ -107,6 +107,7 @@ class SS2D(nn.Module):
         self.D = nn.Parameter(torch.randn(directions * inner) * 0.5)
         self.after = nn.LayerNorm(inner) if after is None else after
         self.out_proj = nn.Linear(inner, dim)
+        nn.init.normal_(self.out_proj.weight, std=inner**-0.5)
         self.call = call
 
     def scan(self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:

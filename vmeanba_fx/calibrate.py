@@ -24,7 +24,7 @@ from .errors import CalibrationError, PlanError
 from .execute import Executor, State
 from .files import read_json, write_atomically
 from .fingerprint import Fingerprint
-from .graph import SITE, copy_graph, graph_modules, scan_nodes
+from .graph import SITE, copy_graph, graph_modules, read_attribute, scan_nodes
 from .metrics import Batch, Metric, kl, resolve_metric, score, unpack
 from .passes.mean_scan import Mean, check_mean, mean_scan, mean_scan_tensors, scan_arguments
 from .plan import Plan
@@ -258,7 +258,7 @@ class _Point:
             return
         for node in gm.graph.nodes:
             if node.op == "get_attr":
-                module = gm.get_submodule(str(node.target)) if _is_module(gm, str(node.target)) else None
+                module = read_attribute(gm, str(node.target))
                 if isinstance(module, fx.GraphModule) and any(o is owner for o in graph_modules(module)):
                     self.node = node
                     self.patched = mean_scan(copy_graph(module), [site.name], mean=mean)
@@ -270,14 +270,6 @@ class _Point:
             return self.patched
         args = {k: state.value(v) if isinstance(v, fx.Node) else v for k, v in scan_arguments(self.scan).items()}
         return mean_scan_tensors(self.mean, **args)
-
-
-def _is_module(gm: fx.GraphModule, path: str) -> bool:
-    try:
-        gm.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
 
 
 def _batches(loader: Iterable[Any], transform_fn: Callable[[Any], Any] | None, limit: int | None) -> Iterator[Batch]:

@@ -121,7 +121,7 @@ def capture(
     cpu_args, cpu_kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().cpu(), (args, kwargs))
     batch = _batch_size(cpu_args, cpu_kwargs)
     # One capture at a time: interception, warning filters and export itself are global to the process.
-    with _LOCK, _quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
+    with _LOCK, _quiet(), _plain_mode(), torch.random.fork_rng(devices=[]), torch.no_grad():
         trace = _with_free_batch(model, *_with_batch(cpu_args, cpu_kwargs, batch, 2), dynamic_size)
         if trace is None:
             trace = _export(_private_copy(model), cpu_args, cpu_kwargs, batch=None, dynamic_size=False)
@@ -403,6 +403,13 @@ def move_to_device(gm: fx.GraphModule, device: torch.device) -> None:
                 if "val" in node.meta:
                     node.meta["val"] = pytree.tree_map_only(Tensor, lambda t: t.to(device), node.meta["val"])
         module.recompile()
+
+
+@contextlib.contextmanager
+def _plain_mode() -> Iterator[None]:
+    """Trace the model as it is, not as an autocast or inference mode around the call would make it."""
+    with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 @contextlib.contextmanager

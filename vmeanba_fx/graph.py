@@ -39,8 +39,24 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def scan_nodes(gm: fx.GraphModule) -> list[tuple[fx.GraphModule, fx.Node]]:
-    """Every full selective-scan node of ``gm`` and of its sub-graphs with the graph that owns it, in order."""
-    return [(owner, n) for owner in graph_modules(gm) for n in owner.graph.nodes if n.target in SCAN]
+    """Every full selective-scan node of ``gm`` and of its sub-graphs with the graph that owns it, in order of execution."""
+    found: list[tuple[fx.GraphModule, fx.Node]] = []
+    for node in gm.graph.nodes:
+        if node.target in SCAN:
+            found.append((gm, node))
+        elif node.op == "call_function":  # a region operator takes its body, a sub-graph, as an argument
+            for body in (read_attribute(gm, str(a.target)) for a in node.all_input_nodes if a.op == "get_attr"):
+                if isinstance(body, fx.GraphModule):
+                    found += scan_nodes(body)
+    return found
+
+
+def read_attribute(gm: fx.GraphModule, path: str) -> Any:
+    """What a ``get_attr`` node of ``gm`` with this target reads; None where there is nothing."""
+    found: Any = gm
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    return found
 
 
 def module_path(node: fx.Node) -> str:

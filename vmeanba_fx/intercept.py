@@ -236,24 +236,16 @@ def intercept(model: nn.Module, emit: Emit, where: Callable[[], str]) -> Iterato
             interception.undo()
 
 
-class CpuDeviceGuard:
-    """Stand-in for ``torch.cuda.device`` while tracing on the CPU, where ``torch.cuda.device(x.device)`` raises."""
-
-    def __init__(self, device: Any) -> None:
-        del device
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *exc: object) -> None:
-        return None
-
-
 @contextlib.contextmanager
 def cpu_device_guard() -> Iterator[None]:
-    """Replace ``torch.cuda.device`` by a guard that does nothing, as captures always run on the CPU."""
-    original = torch.cuda.device
-    torch.cuda.device = CpuDeviceGuard  # type: ignore[assignment,misc]
+    """Make ``torch.cuda.device(...)`` do nothing in this thread: captures run on the CPU, where it would raise."""
+    original, thread = torch.cuda.device, threading.get_ident()
+
+    class Guard(contextlib.nullcontext[None]):
+        def __new__(cls, device: Any) -> Any:
+            return super().__new__(cls) if threading.get_ident() == thread else original(device)
+
+    torch.cuda.device = Guard  # type: ignore[assignment,misc]
     try:
         yield
     finally:

@@ -29,7 +29,7 @@ _STEPS_BUDGET = 3 << 18
 # States that advance together in a step (B x K x D x N of a tile), and the fewest for which "steps" is worth it.
 _STEP_WIDTH = 49_152
 _FEWEST_STATES = 1_024
-# Steps of a tile whose u, delta, B and C are transposed at a time, at most.
+# Elements of u that "steps" transposes at a time, to time outermost.
 _TRANSPOSED_BUDGET = 1 << 20
 
 

@@ -102,7 +102,7 @@ def _forward_kernel(types, states, softplus, rows, length, pack, device):
     """The forward kernel for this problem, its rows per block, and its threads per block."""
     items = pack or 8
     most = -(-length // items)  # threads that a row can use
-    wanted = cuda_runtime.multiprocessors(device) * 1024 // rows
+    wanted = cuda_runtime.multiprocessors(device) * 768 // rows
     # With rows to spare: more threads per row cost shuffles, fewer cost coalescing (found by timing on an H100).
     per_row = 8 if states > 1 or most < 32 else 16 if most < 128 else 32
     while per_row < 32 and per_row < most and per_row < wanted:
@@ -120,7 +120,7 @@ def _forward_kernel(types, states, softplus, rows, length, pack, device):
         ("TPR", per_row),
         ("ITEMS", items),
         ("THREADS", threads),
-        ("MIN_BLOCKS", 1 if per_row > 32 else 6 if pack else 5),
+        ("MIN_BLOCKS", max(1, 768 // threads) if pack or per_row > 32 else 5),
         ("VECTOR", int(pack > 0)),
         ("STATES", 0),
     )

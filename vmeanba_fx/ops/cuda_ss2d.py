@@ -47,7 +47,9 @@ _plans = LaunchCache()
 
 def ss2d(x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplus, out_dtype=None):
     tensors = (x, feats, dt_weight, A, D, delta_bias, order)
-    key = (x.get_device(), layout(*tensors), tuple(directions), delta_softplus, out_dtype, _padding_is_readable(feats))
+    # Where the storage of feats ends decides whether a load may go past its last record.
+    end = feats.storage_offset(), feats.untyped_storage().nbytes()
+    key = (x.get_device(), layout(*tensors), end, tuple(directions), delta_softplus, out_dtype)
     if key in _plans:
         plan = _plans[key]
     elif not usable(*tensors[:6]) or (out_dtype or x.dtype) not in TYPE_CODES or x.numel() == 0:
@@ -268,8 +270,9 @@ def _team_shape(batch, teams, tiles, states, pairs, team_bytes, device) -> tuple
 
 
 def _packed(values, bits: int) -> int:
-    """Small numbers in one integer, the first in the lowest bits."""
-    return sum(value << (bits * i) for i, value in enumerate(values))
+    """Small numbers in one signed 64-bit integer, the first in the lowest bits."""
+    packed = sum(value << (bits * i) for i, value in enumerate(values))
+    return packed - 2**64 if packed >= 2**63 else packed
 
 
 @lru_cache(maxsize=256)
