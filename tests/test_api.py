@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def model():
     """An annihilated site, a live one, and a gated one."""
-    model = zoo.tiny(3)
+    model = zoo.tiny(3, directions=2)
     model.blocks[1].op.after = nn.Identity()
     model.blocks[2].op.call = gated
     return model

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.utils.checkpoint import checkpoint
 
 from tests import zoo
 from tests.zoo import vmamba_scan_fn
@@ -343,6 +344,31 @@ def test_modes_around_the_call_do_not_enter_the_graph(captured):
     assert agrees(gm, model, zoo.images(2))
     with torch.inference_mode():
         assert agrees(capture(model, zoo.images(3)), model, zoo.images(2))
+
+
+def test_compiled_models_are_unwrapped(captured):
+    """Nothing is compiled on the way, and the sites have the names they have without ``torch.compile``."""
+
+    def must_not_run(gm, inputs):
+        raise AssertionError("compiled while capturing")
+
+    _, gm = captured
+    model = zoo.tiny()
+    model.blocks[1].op.compile(backend=must_not_run)
+    again = capture(torch.compile(model, backend=must_not_run), zoo.images(3))
+    assert again.code == gm.code and [s.name for s in find_sites(again)] == ["blocks.0.op", "blocks.1.op"]
+
+
+def test_models_that_recompute_activations():
+    class Checkpointed(zoo.Block):
+        def forward(self, x):
+            return x + checkpoint(self.op, self.norm(x), use_reentrant=False)
+
+    model = zoo.live()
+    model.blocks = nn.ModuleList(Checkpointed(6, block.op) for block in model.blocks).eval()
+    gm = capture(model, zoo.images(3))
+    assert [s.name for s in find_sites(gm)] == ["blocks.0.op", "blocks.1.op"]
+    assert agrees(gm, model, zoo.images(5))
 
 
 # -- in-place operators ----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ LOADER = zoo.labelled(2, 4)
 
 @pytest.fixture(scope="module")
 def model():
-    return zoo.live(4)
+    return zoo.live(4, directions=2, state=1)
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +141,9 @@ def test_a_plan_is_refused_for_another_model(plan, model):
         with pytest.raises(PlanError, match=match):
             plan.apply(1, model=other)
 
-    refused(zoo.live(3), r"the plan is of another model: it has no site named blocks.3.op")
-    refused(zoo.live(4, seed=5), r"of another model \(other weights\): calibrate this one")
-    refused(zoo.live(4, state=2), r"another model graph, other weights")
+    refused(zoo.live(3, directions=2, state=1), r"the plan is of another model: it has no site named blocks.3.op")
+    refused(zoo.live(4, directions=2, state=1, seed=5), r"of another model \(other weights\): calibrate this one")
+    refused(zoo.live(4, directions=2, state=2), r"another model graph, other weights")
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.head.bias[0] += 1e-6

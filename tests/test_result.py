@@ -33,7 +33,7 @@ def gated(u, delta, A, B, C, D, bias):
 @pytest.fixture(scope="module")
 def plan():
     """A plan of a model with an annihilated site, a live one and one with a gate inside the call."""
-    model = zoo.tiny(3)
+    model = zoo.tiny(3, directions=2)
     model.blocks[1].op.after = nn.Identity()
     model.blocks[2].op.call = gated
     return calibrate(model, zoo.labelled(2, 4), metric="loss")

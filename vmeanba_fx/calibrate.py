@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -227,6 +228,8 @@ class _Scorer:
             restored = {"batches": int(state["batches"]), "chain": str(state["chain"])}
             self.base_sum, self.samples = float(state["base_sum"]), int(state["samples"])
             self.tiebreaks = None if ties is None else [float(v) for v in ties]
+            if min(restored["batches"], self.samples) < 1 or not all(map(math.isfinite, (self.base_sum, *sums))):
+                raise ValueError("its sums are of nothing or not finite")
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"{path} is not a calibration state: {error!r}; remove it to start again") from None
         if reason or len(sums) != len(self.sites):
@@ -294,7 +297,7 @@ def _require_finite(outputs: Any, what: str, where: Callable[[], str] = str) -> 
 
 
 def _require_number(value: float, what: str) -> None:
-    if value != value or value in (float("inf"), float("-inf")):
+    if not math.isfinite(value):
         raise CalibrationError(f"{what} is not finite ({value})")
 
 
@@ -325,5 +328,8 @@ def _seeded(seed: int) -> Iterator[None]:
         raise CalibrationError(f"seed={seed!r}: give a whole number that is not negative")
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        # Not torch.manual_seed: while CUDA sleeps, that would decide the caller's numbers on the GPU once it wakes.
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed_all(seed)
         yield

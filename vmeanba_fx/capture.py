@@ -117,6 +117,8 @@ def capture(
         return _from_exported(model, args, kwargs)
     if is_captured(model):
         return copy_graph(model)
+    if "_orig_mod" in model._modules:  # what torch.compile(model) wraps
+        model = model._modules["_orig_mod"]
     device = _device_of(model)
     cpu_args, cpu_kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().cpu(), (args, kwargs))
     batch = _batch_size(cpu_args, cpu_kwargs)
@@ -407,8 +409,12 @@ def move_to_device(gm: fx.GraphModule, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def _plain_mode() -> Iterator[None]:
-    """Trace the model as it is, not as an autocast or inference mode around the call would make it."""
-    with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+    """Trace the model as it is, not as autocast, inference mode or ``torch.compile`` around it would make it."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for device_type in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
         yield
 
 
