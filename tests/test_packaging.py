@@ -51,10 +51,14 @@ def pip(*argv, cwd):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def use(cwd, python_path="", setup=""):
-    """Folder of the package that a fresh process in ``cwd`` imports."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(python_path)}
-    command = [sys.executable, "-c", USE.format(setup=setup)]
+def use(cwd, python_path="unused", setup=""):
+    """Folder of the package that a fresh process in ``cwd`` imports.
+
+    The process sees this one's site-packages as plain folders (-S): an editable install there must not answer for it.
+    """
+    installed = [folder for folder in sys.path if folder.endswith("-packages")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(python_path), *installed])}
+    command = [sys.executable, "-S", "-c", USE.format(setup=setup)]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return Path(done.stdout.strip())
@@ -107,7 +111,8 @@ def test_the_wheel_works(wheel, tmp_path):
 def test_an_editable_install_works(checkout, tmp_path):
     pip("install", "--prefix", tmp_path, "--editable", checkout, "--ignore-installed", cwd=tmp_path)
     (site,) = tmp_path.rglob("site-packages")
-    assert use(tmp_path, setup=f"import site; site.addsitedir({str(site)!r})") == (checkout / "vmeanba_fx").resolve()
+    setup = f"import site; sys.path.insert(0, {str(site)!r}); site.addsitedir({str(site)!r})"
+    assert use(tmp_path, setup=setup) == (checkout / "vmeanba_fx").resolve()
 
 
 def test_a_checkout_works_without_an_install(tmp_path):

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import checks
 from .library import LIBRARY
 from .recurrence import scan_rows, scan_steps_
-from .tiles import tiles
+from .tiles import blocks, tiles
 
 LOG2_E = math.log2(math.e)
 
@@ -147,7 +147,11 @@ def _with_skip_and_gate(y: Tensor, u: Tensor, D: Tensor | None, z: Tensor | None
 
 
 def _scan_by_steps(u, delta, A, B, C, bias, softplus, D, z, out):
-    """`_scan` with time outermost: tensors named t_... are (steps, batch items, groups, ...)."""
+    """`_scan` with time outside channels and states: t_... are (batch items, groups, steps, ...).
+
+    Pairs of batch item and group stay outermost. PyTorch gives each thread a range of the outermost dim, in the
+    operations on all steps as in those on one, so that every thread finds its own pairs in its own cache.
+    """
     batch, K, channels, length = u.shape
     N, dtype, device = A.shape[2], compute_dtype(u), u.device
     decay = (A.to(dtype) * LOG2_E).transpose(1, 2)  # (K, N, D)
@@ -157,41 +161,34 @@ def _scan_by_steps(u, delta, A, B, C, bias, softplus, D, z, out):
         pairs = b_size * k_size
         block = min(length, max(64, _TRANSPOSED_BUDGET // (pairs * d_size)))
         steps = max(1, min(block, _STEPS_BUDGET // (pairs * d_size * N)))
+        decay_tile = decay[group, None, :, channel].contiguous()
+        state = torch.zeros(b_size, k_size, N, d_size, dtype=dtype, device=device)
+        space = torch.empty(2, pairs * steps * N * d_size, dtype=dtype, device=device)
 
-        t_dt = torch.empty(block, b_size, k_size, d_size, dtype=dtype, device=device)
-        t_x, t_y = torch.empty_like(t_dt), torch.empty_like(t_dt)
-        t_B = torch.empty(block, b_size, k_size, N, dtype=dtype, device=device)
-        t_C = torch.empty_like(t_B)
-        a = torch.empty(steps + 1, b_size, k_size, N, d_size, dtype=dtype, device=device)
-        h = torch.zeros_like(a)  # h[0] is the state before the segment, and a[0] stays unread
-        a_steps, h_steps = list(a.unbind(0)), list(h.unbind(0))
-        decay_tile = decay[group, :, channel].expand(b_size, -1, -1, -1).contiguous()
-
-        for start in range(0, length, block):
-            now = slice(start, min(start + block, length))
-            count = now.stop - start
-            dt = step_size(delta_tile[..., now], part(bias, group, channel), softplus, u)
+        for now in blocks(length, block):
             x = x_tile[..., now]
-            t_dt[:count] = dt.permute(3, 0, 1, 2)
-            t_x[:count] = dt.mul_(x).permute(3, 0, 1, 2)
-            t_B[:count] = B[item, group, :, now].permute(3, 0, 1, 2)
-            t_C[:count] = C[item, group, :, now].permute(3, 0, 1, 2)
-            for first in range(0, count, steps):
-                size = min(steps, count - first)
-                some, filled = slice(first, first + size), slice(1, size + 1)
-                torch.mul(t_dt[some, :, :, None], decay_tile, out=a[filled])
-                torch.exp2(a[filled], out=a[filled])
-                torch.mul(t_x[some, :, :, None], t_B[some, ..., None], out=h[filled])
-                scan_steps_(a_steps[: size + 1], h_steps[: size + 1])
-                read = t_C[some].view(size * pairs, 1, N), h[filled].view(size * pairs, N, d_size)
-                torch.bmm(*read, out=t_y[some].view(size * pairs, 1, d_size))
-                h_steps[0].copy_(h_steps[size])
-            if D is None and z is None:
-                out[item, group, channel, now] = t_y[:count].permute(1, 2, 3, 0)
-            else:
-                y = dt.copy_(t_y[:count].permute(1, 2, 3, 0))
-                gate = part(z, item, group, channel, now)
-                out[item, group, channel, now] = _with_skip_and_gate(y, x, part(D, group, channel), gate)
+            dt = step_size(delta_tile[..., now], part(bias, group, channel), softplus, u)
+            t_dt = dt.transpose(2, 3).contiguous()
+            t_x = dt.mul_(x).transpose(2, 3).contiguous()
+            t_B = B[item, group, :, now].to(dtype).transpose(2, 3).contiguous()
+            t_C = C[item, group, :, now].to(dtype).transpose(2, 3).contiguous()
+            t_y = torch.empty_like(t_x)
+            for some in blocks(t_x.shape[2], steps):
+                shape = b_size, k_size, some.stop - some.start, N, d_size
+                a, h = (flat[: math.prod(shape)].view(shape) for flat in space)
+                torch.mul(t_dt[:, :, some, None], decay_tile, out=a)
+                torch.exp2(a, out=a)
+                torch.mul(t_x[:, :, some, None], t_B[:, :, some, :, None], out=h)
+                a_steps, h_steps = a.unbind(2), h.unbind(2)
+                h_steps[0].addcmul_(a_steps[0], state)
+                scan_steps_(a_steps, h_steps)
+                state.copy_(h_steps[-1])
+                read = torch.bmm(t_C[:, :, some].reshape(-1, 1, N), h.view(-1, N, d_size))
+                t_y[:, :, some] = read.view(b_size, k_size, -1, d_size)
+            y = t_y.transpose(2, 3)
+            if D is not None or z is not None:
+                y = _with_skip_and_gate(dt.copy_(y), x, part(D, group, channel), part(z, item, group, channel, now))
+            out[item, group, channel, now] = y
 
 
 for _op in (selective_scan, linear_scan, shared_scan, broadcast_add):
