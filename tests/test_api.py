@@ -27,6 +27,12 @@ def model():
     return model
 
 
+@pytest.fixture(scope="module")
+def captured(model):
+    """Its capture, for tests that need not trace again."""
+    return vmeanba_fx.capture(model, zoo.images(3))
+
+
 def gated(u, delta, A, B, C, D, bias):
     return zoo.selective_scan_fn(u, delta, A, B, C, D, u.flip(1), bias, True)
 
@@ -40,10 +46,10 @@ def outputs(model, batch=3):
     {"k": 2, "metric": "kl", "seed": 3}, {"max_drop": 0.05, "metric": "loss", "mean": "all"},
     {"sites": "blocks.[12]*", "mean": "input"}, {"k": 1, "exclude": ["blocks.0.op"], "max_batches": 1},
 ])  # fmt: skip
-def test_transform_is_calibrate_and_apply(model, options):
-    gm = transform(model, LOADER, **options)
+def test_transform_is_calibrate_and_apply(model, captured, options):
+    gm = transform(captured, LOADER, **options)
     choice = {name: options.pop(name) for name in ("k", "max_drop", "sites", "exclude") if name in options}
-    plan = vmeanba_fx.calibrate(model, LOADER, **options)
+    plan = vmeanba_fx.calibrate(captured, LOADER, **options)
     expected = plan.apply(**choice)
     assert gm.code == expected.code
     assert vmeanba_fx.report(gm).chosen == vmeanba_fx.report(expected).chosen
@@ -52,8 +58,8 @@ def test_transform_is_calibrate_and_apply(model, options):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
-def test_no_site_replaced_is_the_model_itself(model, batch):
-    gm = transform(model, LOADER, k=0)
+def test_no_site_replaced_is_the_model_itself(model, captured, batch):
+    gm = transform(captured, LOADER, k=0)
     assert zoo.relative_error(outputs(gm, batch), outputs(model, batch)) <= 1e-5
 
 
@@ -79,7 +85,7 @@ def test_the_original_and_the_random_numbers_are_untouched(model):
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-def test_a_generator_is_read_once(model):
+def test_a_generator_is_read_once(captured):
     taken = []
 
     def generator():
@@ -87,21 +93,20 @@ def test_a_generator_is_read_once(model):
             taken.append(1)
             yield batch
 
-    gm = transform(model, generator(), k=2, metric="loss")
-    assert len(taken) == 2 and torch.equal(outputs(gm), outputs(transform(model, LOADER, k=2, metric="loss")))
+    gm = transform(captured, generator(), k=2, metric="loss")
+    assert len(taken) == 2 and torch.equal(outputs(gm), outputs(transform(captured, LOADER, k=2, metric="loss")))
 
 
-def test_symbolically_traced_model(model):
+def test_symbolically_traced_model(model, captured):
     traced = vmeanba_fx.symbolic_trace(model, zoo.images(3))
     gm = transform(traced, LOADER, sites="blocks.0.op")
-    assert zoo.relative_error(outputs(gm), outputs(transform(model, LOADER, sites="blocks.0.op"))) <= 1e-5
+    assert zoo.relative_error(outputs(gm), outputs(transform(captured, LOADER, sites="blocks.0.op"))) <= 1e-5
 
 
-def test_exported_program(model):
-    captured = vmeanba_fx.capture(model, zoo.images(3))
+def test_exported_program(captured):
     program = torch.export.export(captured, (zoo.images(3),), dynamic_shapes=({0: torch.export.Dim("b", max=64)},))
     gm = transform(program, LOADER, k=2, metric="loss")
-    expected = transform(model, LOADER, k=2, metric="loss")
+    expected = transform(captured, LOADER, k=2, metric="loss")
     assert vmeanba_fx.report(gm).chosen == vmeanba_fx.report(expected).chosen
     assert zoo.relative_error(outputs(gm), outputs(expected)) <= 1e-5
 
@@ -115,20 +120,20 @@ def test_exported_program(model):
     ({"k": 1, "exclude": "none"}, "exclude: 'none' matches no site"), ({"max_drop": -1}, "max_drop=-1"),
     ({"sites": "none"}, "sites: 'none' matches no site"),
 ])  # fmt: skip
-def test_impossible_choices_are_refused_before_anything_is_scored(model, options, message):
+def test_impossible_choices_are_refused_before_anything_is_scored(captured, options, message):
     def metric(outputs, batch):
         raise AssertionError("scored in vain")
 
     with pytest.raises(SiteError, match=message):
-        transform(model, LOADER, metric=metric, **options)
+        transform(captured, LOADER, metric=metric, **options)
 
 
-def test_nothing_is_scored_where_nothing_is_ranked(model):
+def test_nothing_is_scored_where_nothing_is_ranked(captured):
     def metric(outputs, batch):
         raise AssertionError("scored in vain")
 
     for options in ({"k": 0}, {"sites": "*"}):
-        transform(model, LOADER, metric=metric, **options)
+        transform(captured, LOADER, metric=metric, **options)
 
 
 def test_model_without_scans():
@@ -136,9 +141,9 @@ def test_model_without_scans():
         transform(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), [zoo.images(2)], k=0)
 
 
-def test_unknown_option(model):
+def test_unknown_option(captured):
     with pytest.raises(TypeError, match="kk"):
-        transform(model, LOADER, kk=1)
+        transform(captured, LOADER, kk=1)
 
 
 # -- the package ------------------------------------------------------------------------------------------------------

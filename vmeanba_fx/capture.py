@@ -8,9 +8,7 @@ code paths that launch raw Triton kernels, invisible to export, are not taken. T
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
-import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,13 +20,13 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from . import ops
+from .copies import device_of, move_to_device, private_copy
 from .discovery import Discovery
 from .errors import CaptureError
 from .graph import (
     SCAN,
     SITE,
     copy_graph,
-    fake_mode,
     graph_modules,
     module_path,
     mutates,
@@ -119,14 +117,14 @@ def capture(
         return copy_graph(model)
     if "_orig_mod" in model._modules:  # what torch.compile(model) wraps
         model = model._modules["_orig_mod"]
-    device = _device_of(model)
+    device = device_of(model)
     cpu_args, cpu_kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().cpu(), (args, kwargs))
     batch = _batch_size(cpu_args, cpu_kwargs)
     # One capture at a time: interception, warning filters and export itself are global to the process.
     with _LOCK, _quiet(), _plain_mode(), torch.random.fork_rng(devices=[]), torch.no_grad():
         trace = _with_free_batch(model, *_with_batch(cpu_args, cpu_kwargs, batch, 2), dynamic_size)
         if trace is None:
-            trace = _export(_private_copy(model), cpu_args, cpu_kwargs, batch=None, dynamic_size=False)
+            trace = _export(private_copy(model), cpu_args, cpu_kwargs, batch=None, dynamic_size=False)
             trace.notes.append(f"the model specialises its batch size: the graph runs for batch {batch} only")
         gm = _functional(trace)
     info = CaptureInfo(
@@ -154,7 +152,7 @@ def _with_free_batch(
 ) -> _Trace | None:
     """The model exported at batch 2 for any batch size, or None where it does not allow that."""
     try:
-        trace = _export(_private_copy(model), args, kwargs, batch=2, dynamic_size=dynamic_size)
+        trace = _export(private_copy(model), args, kwargs, batch=2, dynamic_size=dynamic_size)
     except CaptureError as error:
         log.info("export with a dynamic batch failed (%s)", error)
         return None
@@ -226,42 +224,6 @@ def _traced_paths(model: nn.Module) -> list[str]:
         return []
     calls = [node for node in model.graph.nodes if node.op == "call_function"]
     return [module_path(node) or node.name for node in calls if node.target in SCAN or is_scan(node.target)]
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    devices = {t.device for t in [*model.parameters(), *model.buffers()]}
-    if any(d.type == "meta" for d in devices):
-        raise CaptureError("the model has parameters on the meta device: load its weights before transforming it")
-    if len(devices) > 1:
-        raise CaptureError(f"the model is spread over {sorted(map(str, devices))}: move it to one device first")
-    return next(iter(devices), torch.device("cpu"))
-
-
-def _private_copy(model: nn.Module) -> nn.Module:
-    memo: dict[int, Any] = {}
-    try:
-        private = copy.deepcopy(model, memo).cpu().eval()
-        _rebind_closures(private, memo)
-        return private
-    except Exception as error:
-        raise CaptureError(
-            f"{type(model).__name__} cannot be deep-copied ({error}); the capture works on a copy"
-        ) from error
-
-
-def _rebind_closures(private: nn.Module, memo: dict[int, Any]) -> None:
-    """Make functions that ``private`` holds as attributes refer to its own modules, not to those it was copied from.
-
-    ``deepcopy`` shares functions: ``self.act = lambda x: self.norm(x)`` would run, and in training mode change, the
-    caller's model.
-    """
-    for module in private.modules():
-        for name, fn in vars(module).items():
-            if isinstance(fn, types.FunctionType) and fn.__closure__:
-                cells = [types.CellType(memo.get(id(c.cell_contents), c.cell_contents)) for c in fn.__closure__]
-                own = types.FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, tuple(cells))
-                own.__kwdefaults__ = fn.__kwdefaults__
-                setattr(module, name, own)
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -387,24 +349,6 @@ def _dynamic_dims(gm: fx.GraphModule) -> tuple[tuple[str, int], ...]:
         for i, s in enumerate(val.shape)
         if isinstance(s, torch.SymInt) and s.node.expr.free_symbols
     )
-
-
-def move_to_device(gm: fx.GraphModule, device: torch.device) -> None:
-    """Move parameters, buffers, constants and every ``device=`` argument of ``gm`` to ``device``, in place."""
-    gm.to(device)
-    for module in gm.modules():
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor):
-                setattr(module, name, value.to(device))
-        if not isinstance(module, fx.GraphModule):
-            continue
-        with fake_mode(module.graph) or contextlib.nullcontext():
-            for node in module.graph.nodes:
-                node.args = pytree.tree_map_only(torch.device, lambda _: device, node.args)
-                node.kwargs = pytree.tree_map_only(torch.device, lambda _: device, dict(node.kwargs))
-                if "val" in node.meta:
-                    node.meta["val"] = pytree.tree_map_only(Tensor, lambda t: t.to(device), node.meta["val"])
-        module.recompile()
 
 
 @contextlib.contextmanager

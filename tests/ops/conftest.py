@@ -23,3 +23,17 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(cpu, "_TRANSPOSED_BUDGET", 100)
     monkeypatch.setattr(backward, "_BUDGET", 50)
     monkeypatch.setattr(compose, "_BUDGET", 50)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The tests are many small operations: with the other core busy, each would wait for a thread that is not running."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def two_threads(one_thread):
+    torch.set_num_threads(2)
