@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import math
 import os
@@ -17,7 +16,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from .capture import capture, capture_info, is_captured
-from .errors import PlanError, SiteError
+from .choice import Choice
+from .errors import PlanError
 from .files import read_json, write_atomically
 from .fingerprint import Fingerprint
 from .graph import SITE, copy_graph, scan_nodes
@@ -88,75 +88,11 @@ class Plan:
             SiteError: ``k`` is not an int, negative or larger than what can be replaced; a name or glob matches
                 nothing; not exactly one way of choosing is given.
         """
-        named, kept_out = self.check_choice(k, max_drop=max_drop, sites=sites, exclude=exclude)
-        if sites is not None:
-            return [s.name for s in self.sites if s.name in named and s.name not in kept_out]
-        if k == 0:
-            return []
-        if k == len(self.sites) - len(kept_out):
-            return [s.name for s in self.sites if s.name not in kept_out]
-        ranked = [i for i in self.order() if self.sites[i].name not in kept_out]
-        picked = set(ranked[:k]) if k is not None else self._within(ranked, max_drop)
-        return [s.name for i, s in enumerate(self.sites) if i in picked]
+        return Choice(k, max_drop, sites, exclude).names(self)
 
-    def check_choice(
-        self,
-        k: int | None = None,
-        *,
-        max_drop: float | None = None,
-        sites: str | Sequence[str] | None = None,
-        exclude: str | Sequence[str] = (),
-    ) -> tuple[set[str], set[str]]:
-        """Raise what :meth:`choose` raises for a choice that cannot be made; needs no scores.
-
-        Returns the names that ``sites`` and ``exclude`` match.
-        """
-        if sum(option is not None for option in (k, max_drop, sites)) != 1:
-            raise SiteError("say how to choose: give exactly one of k=, max_drop= and sites=")
-        named = self._match(sites, "sites") if sites is not None else set()
-        kept_out = self._match(exclude, "exclude")
-        if k is not None:
-            free = len(self.sites) - len(kept_out)
-            if not isinstance(k, int) or isinstance(k, bool):
-                raise SiteError(f"k={k!r}: give a whole number")
-            if not 0 <= k <= free:
-                raise SiteError(f"k={k}: this model has {free} sites to replace, so k can be 0 to {free}")
-        if max_drop is not None:
-            number = isinstance(max_drop, (int, float)) and not isinstance(max_drop, bool)
-            if not number or not math.isfinite(max_drop) or max_drop < 0:
-                raise SiteError(
-                    f"max_drop={max_drop!r}: give a number of at least 0, in units of the metric {self.metric!r}"
-                )
-        return named, kept_out
-
-    def _within(self, ranked: list[int], max_drop: float) -> set[int]:
-        if (
-            not isinstance(max_drop, (int, float))
-            or isinstance(max_drop, bool)
-            or not math.isfinite(max_drop)
-            or max_drop < 0
-        ):
-            raise SiteError(
-                f"max_drop={max_drop!r}: give a number of at least 0, in units of the metric {self.metric!r}"
-            )
-        total, picked = 0.0, set()
-        for i in ranked:
-            total += max(self.impact(i), 0.0)
-            if total > max_drop:
-                break
-            picked.add(i)
-        return picked
-
-    def _match(self, patterns: str | Sequence[str], what: str) -> set[str]:
-        found: set[str] = set()
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            names = [s.name for s in self.sites if s.name == pattern or fnmatch.fnmatchcase(s.name, pattern)]
-            if not names:
-                raise SiteError(
-                    f"{what}: {pattern!r} matches no site; the sites are {', '.join(s.name for s in self.sites)}"
-                )
-            found.update(names)
-        return found
+    def check_choice(self, k: int | None = None, **choice: Any) -> None:
+        """Raise what :meth:`choose` raises for a choice that cannot be made; needs no scores."""
+        Choice(k, **choice).check(self)
 
     # -- applying ---------------------------------------------------------------------------------------------------
 
