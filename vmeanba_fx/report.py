@@ -53,7 +53,7 @@ class Report:
         total = len(self.chosen)
         lines = [
             self.table,
-            f"{total} sites replaced (lossy, mean={self.mean!r}); "
+            f"{total} site{'s' if total != 1 else ''} replaced (lossy, mean={self.mean!r}); "
             f"scan FLOPs {self.flops_before:,} -> {self.flops_after:,} per image",
             *map(str, self.passes),
         ]
@@ -97,7 +97,7 @@ def site_table(plan: Plan, chosen: set[str]) -> str:
         impact = f"{plan.impact(i):+.5f}" if plan.scores else "-"
         rows.append(
             [s.name, s.groups, s.channels, s.state, s.length, s.kind, impact, ranks.get(i, "-"),
-             f"{s.flops() / 1e6:.2f}", f"{s.flops_replaced() / 1e6:.2f}", "replaced" if s.name in chosen else ""]
+             f"{s.flops() / 1e6:.3g}", f"{s.flops_replaced() / 1e6:.3g}", "replaced" if s.name in chosen else ""]
         )  # fmt: skip
     head = ["site", "K", "D", "N", "L", "kind", f"impact ({plan.metric})", "rank", "MFLOPs", "after", "chosen"]
     return tabulate(
