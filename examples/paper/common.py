@@ -1,0 +1,234 @@
+"""What the scripts of this folder share: the trained models, their data and measures, and the files of results.
+
+The data is one of
+
+    a folder with the four idx files of Fashion-MNIST (Debian and Ubuntu: apt-get install dataset-fashion-mnist),
+    beside scikit-learn for the digits; or
+    one .npz file with the arrays `fashion_train_images`, `fashion_train_labels`, `digits_train_images`, ... and the same
+    with `test`, for machines that have neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scenes import CLASSES, compose
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from vmeanba_fx import models
+from vmeanba_fx.data import FASHION_MEAN, FASHION_STD, FashionMNIST, load_digits_images
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
+RESULTS = ROOT / "docs" / "results"
+FASHION = "/usr/share/datasets/fashion-mnist"
+SHARED = Path(os.environ.get("VMEANBA_WEIGHTS", ROOT.parent / "shared" / "weights"))
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+def deep() -> nn.Module:
+    """VMamba v05 with 20 scan sites, for 96x96 grey images."""
+    return models.vmamba_tiny_s1l8(in_chans=1, num_classes=10, depths=(2, 2, 14, 2), dims=32, drop_path_rate=0.1)
+
+
+def segmentation() -> nn.Module:
+    """A VMamba v05 backbone with 10 scan sites under a UperNet head, for 96x96 grey scenes."""
+    backbone = models.backbone("vmamba_tiny_s1l8", in_chans=1, depths=(2, 2, 4, 2), dims=32, drop_path_rate=0.1)
+    return models.UperNet(backbone, num_classes=CLASSES, channels=64)
+
+
+def scan_only_v05() -> nn.Module:
+    """Three v05 blocks without depthwise convolution on 4x4 patches of 32x32: the scans alone mix positions."""
+    return models.vmamba_tiny_s1l8(
+        in_chans=1, num_classes=10, depths=(3,), dims=(32,), ssm_conv=-1, mlp_ratio=2.0, patchembed_version="v1",
+        drop_path_rate=0.0,
+    )  # fmt: skip
+
+
+def scan_only_v0() -> nn.Module:
+    """The same of v0's kind: a gate, 16 states, twice the channels inside, no MLP. (v0 itself always has the convolution.)"""
+    return models.vanilla_vmamba_tiny(
+        in_chans=1, num_classes=10, depths=(3,), dims=(32,), ssm_conv=-1, forward_type="v05", drop_path_rate=0.0
+    )
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=8)
+def arrays(data: str, kind: str, train: bool) -> tuple[Tensor, Tensor]:
+    """All images and labels of a split: "fashion" uint8 (n, 28, 28), or "digits" normalised float (n, 8, 8)."""
+    if data.endswith(".npz"):
+        split = f"{kind}_{'train' if train else 'test'}"
+        with np.load(data) as file:
+            return torch.from_numpy(file[f"{split}_images"]).squeeze(1), torch.from_numpy(file[f"{split}_labels"]).long()
+    if kind == "digits":
+        images, labels = load_digits_images(train, size=8)
+        return images[:, 0], labels
+    fashion = FashionMNIST(data, train)
+    return fashion.images, fashion.labels.long()
+
+
+def fashion_images(images: Tensor, size: int) -> Tensor:
+    """uint8 (n, 28, 28) -> normalised float (n, 1, size, size), on the device of `images`."""
+    x = F.interpolate(images[:, None].float() / 255.0, size=(size, size), mode="bilinear", align_corners=False)
+    return (x - FASHION_MEAN) / FASHION_STD
+
+
+def digits_images(images: Tensor, size: int = 32) -> Tensor:
+    """Normalised (n, 8, 8) -> (n, 1, size, size)."""
+    return F.interpolate(images[:, None], size=(size, size), mode="bilinear", align_corners=False)
+
+
+def subset(total: int, count: int, train: bool, seed: int) -> Tensor:
+    """Which images: of the test split always the first, of the training split a random choice."""
+    if not train:
+        return torch.arange(min(count, total))
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]
+
+
+def classification_data(kind: str, size: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    def load(data: str, train: bool, count: int, seed: int, device: str) -> tuple[Tensor, Tensor]:
+        images, labels = arrays(data, kind, train)
+        chosen = subset(len(labels), count, train, seed)
+        prepare = fashion_images if kind == "fashion" else digits_images
+        return prepare(images[chosen].to(device), size), labels[chosen].to(device)
+
+    return load
+
+
+def scene_data(data: str, train: bool, count: int, seed: int, device: str) -> tuple[Tensor, Tensor]:
+    """Scenes that no other seed gives; those of the test split are made from test images only."""
+    images, labels = arrays(data, "fashion", train)
+    parts = [
+        compose(images.to(device), labels.to(device), min(250, count - start), seed=1_000_003 * (seed + 1) + start)
+        for start in range(0, count, 250)
+    ]
+    return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+
+
+# -- tasks ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """A trained model with its data: `load(data, train, count, seed, device)` gives images and labels."""
+
+    name: str
+    title: str
+    build: Callable[[], nn.Module]
+    weights: Path
+    load: Callable[..., tuple[Tensor, Tensor]]
+    test_images: int
+    measure: str = "accuracy"
+
+    def model(self, device: str) -> nn.Module:
+        return models.load_checkpoint(self.build(), self.weights).eval().to(device)
+
+
+_96, _32 = classification_data("fashion", 96), classification_data("fashion", 32)
+TASKS = {
+    task.name: task
+    for task in (
+        Task("v05", "VMamba v05, 10 sites, Fashion-MNIST", models.vmamba_fashion_v05,
+             SHARED / "vmamba_v05_fashion96.pt", _96, 10_000),
+        Task("v0", "VMamba v0, 10 sites, Fashion-MNIST", models.vmamba_fashion_v0,
+             SHARED / "vmamba_v0_fashion96.pt", _96, 10_000),
+        Task("deep", "VMamba v05, 20 sites, Fashion-MNIST", deep, CHECKPOINTS / "deep.safetensors", _96, 10_000),
+        Task("segmentation", "VMamba v05 + UperNet, 10 sites, scenes", segmentation,
+             CHECKPOINTS / "segmentation.safetensors", scene_data, 2_000, "mIoU"),
+        Task("scan_v05_digits", "scans only, v05, digits", scan_only_v05,
+             CHECKPOINTS / "scan_v05_digits.safetensors", classification_data("digits", 32), 10_000),
+        Task("scan_v0_digits", "scans only, v0 kind, digits", scan_only_v0,
+             CHECKPOINTS / "scan_v0_digits.safetensors", classification_data("digits", 32), 10_000),
+        Task("scan_v05_fashion", "scans only, v05, Fashion-MNIST", scan_only_v05,
+             CHECKPOINTS / "scan_v05_fashion.safetensors", _32, 10_000),
+        Task("scan_v0_fashion", "scans only, v0 kind, Fashion-MNIST", scan_only_v0,
+             CHECKPOINTS / "scan_v0_fashion.safetensors", _32, 10_000),
+    )
+}  # fmt: skip
+
+
+@torch.inference_mode()
+def confusion(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 500) -> Tensor:
+    """Counts (classes, classes): rows are labels, columns predictions; of pixels where labels are maps."""
+    counts = None
+    for x, y in zip(images.split(batch), labels.split(batch), strict=True):
+        logits = model(x)
+        classes = logits.shape[1]
+        found = torch.bincount((y * classes + logits.argmax(1)).flatten(), minlength=classes**2).view(classes, classes)
+        counts = found if counts is None else counts + found
+    return counts.double()
+
+
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor, measure: str = "accuracy", batch: int = 500) -> float:
+    """Accuracy or mean intersection over union, in percent."""
+    counts = confusion(model, images, labels, batch)
+    hits = counts.diagonal()
+    if measure == "accuracy":
+        return 100 * float(hits.sum() / counts.sum())
+    union = counts.sum(0) + counts.sum(1) - hits
+    return 100 * float((hits[union > 0] / union[union > 0]).mean())
+
+
+def batches(images: Tensor, labels: Tensor, batch: int = 250) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(images.split(batch), labels.split(batch), strict=True))
+
+
+# -- arguments and results --------------------------------------------------------------------------------------------
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """The options that all scripts have."""
+    p = argparse.ArgumentParser(description=doc.splitlines()[0])
+    p.add_argument("--data", default=FASHION, help="folder of Fashion-MNIST's idx files, or an .npz file (see common.py)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--out", type=Path, default=RESULTS, help="folder for the results (default: docs/results)")
+    p.add_argument("--quick", action="store_true", help="a few images only, to see that everything runs")
+    return p
+
+
+def provenance() -> str:
+    """Command, machine and date, for the foot of a result."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    command = shlex.join(["python", f"examples/paper/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    return f"`{command}`; {device}, torch {torch.__version__}, {datetime.date.today().isoformat()}"
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Rows with the same keys. `path` gets a line at its head that says where the numbers come from."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        file.write(f"# {provenance()}\n")
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path: Path) -> tuple[list[dict[str, str]], str]:
+    """The rows of `write_csv`, and its line of origin."""
+    with path.open(encoding="utf-8", newline="") as file:
+        origin = file.readline().removeprefix("#").strip()
+        return list(csv.DictReader(file)), origin
+
+
+def write_markdown(path: Path, title: str, head: Sequence[str], rows: Iterable[Sequence[Any]], notes: Sequence[str]) -> None:
+    table = tabulate(rows, head, tablefmt="github", disable_numparse=True)
+    path.write_text("\n\n".join([f"# {title}", table, *notes]) + "\n", encoding="utf-8")
