@@ -222,7 +222,7 @@ def test_a_killed_calibration_resumes(captured, tmp_path):
     for after in (1, 2):
         with pytest.raises(Killed):
             calibrate(captured, interrupted(shuffled(), after), metric="loss", seed=5, resume=path)
-        assert json.loads(path.read_text())["batches"] == after
+        assert json.loads(path.read_text())["sections"]["singles"]["tally"]["batches"] == after
     assert as_json(calibrate(captured, shuffled(), metric="loss", seed=5, resume=path)) == expected
     # A finished state is a plan already: nothing is scored again.
     runs = []
@@ -270,7 +270,9 @@ def test_state_of_another_run_is_refused(captured, tmp_path):
     refused("other calibration data", loader=zoo.labelled(3, 4, seed=77))
     refused("more batches than the loader gives now", loader=LOADER[:1])
     state = path.read_text()
-    nothing = json.dumps(json.loads(state) | {"samples": 0})
+    nothing = json.loads(state)
+    nothing["sections"]["singles"]["tally"]["batches"] = 0
+    nothing = json.dumps(nothing)
     for broken in ("{", "[]", "{}", state.replace('"sums"', '"summe"'), state[:-20], nothing):
         path.write_text(broken)
         refused("damaged|not an object|not a calibration state")
@@ -361,7 +363,7 @@ def test_outputs_that_are_not_finite_name_the_site(value, tmp_path):
 
 
 def test_a_replacement_that_is_not_finite_names_the_site(captured, monkeypatch):
-    module = sys.modules["vmeanba_fx.calibrate"]  # the package's attribute of that name is the function
+    module = sys.modules["vmeanba_fx.replacing"]
     original, calls = module.mean_scan_tensors, []
 
     def second_is_nan(*args, **kwargs):

@@ -7,7 +7,8 @@ that writes into its own values data flow does not tell what changes; there ever
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,13 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from .graph import downstream, graph_modules, mutates
+
+
+@dataclass(frozen=True)
+class Computed:
+    """An override that is computed when its turn comes: ``compute(value)``, where ``value(node)`` is an input's value."""
+
+    compute: Callable[[Callable[[fx.Node], Any]], Any]
 
 
 class State:
@@ -80,9 +88,12 @@ class Executor:
         return self.gm.graph.process_outputs(output), State(kept, inputs)
 
     def rerun(self, state: State, overrides: Mapping[fx.Node, Any]) -> Any:
-        """The model's outputs with ``overrides`` in place of some points' values; runs only what lies downstream."""
+        """The model's outputs with ``overrides`` in place of some points' values; runs only what lies downstream.
+
+        An override is a value, or :class:`Computed` from the values that the point's inputs have in this run.
+        """
         below = set().union(*(self._below[point] for point in overrides))
-        env = dict(overrides)
+        env = {node: given for node, given in overrides.items() if not isinstance(given, Computed)}
         if self._writes:
             env |= self._copies(dict(zip(self.gm.graph.find_nodes(op="placeholder"), state.inputs, strict=True)))
         output = None
@@ -90,6 +101,8 @@ class Executor:
             if node in below and node not in env and node not in self._skipped:
                 if node.op == "output":
                     output = self._fetch(node.args[0], env, state.env)
+                elif node in overrides:
+                    env[node] = overrides[node].compute(lambda n: self._fetch(n, env, state.env))
                 else:
                     env[node] = self._call(node, env, state.env)
             for dead in self._last_use.get(position, ()):

@@ -186,8 +186,11 @@ def resolve_metric(metric: str | Callable[..., Any] | None, has_labels: bool) ->
     return Metric(name, lambda out, batch, _: fn(out, batch.raw), getattr(fn, "higher_is_better", True), False)
 
 
-def score(metric: Metric, outputs: Any, batch: Batch, base: Any) -> tuple[float, int]:
-    """(sum over samples, samples) of one batch; not finite values are passed on for the caller to name the site."""
+def values_of(metric: Metric, outputs: Any, batch: Batch, base: Any) -> tuple[Tensor, int]:
+    """(values, weight) of one batch: a value per sample with weight 1, or one value that counts for the whole batch.
+
+    Values that are not finite are passed on, for the caller to name the site.
+    """
     values = metric.compute(outputs, batch, base)
     if not isinstance(values, Tensor) or not values.is_floating_point() or values.dim() > 1:
         got = (
@@ -199,5 +202,5 @@ def score(metric: Metric, outputs: Any, batch: Batch, base: Any) -> tuple[float,
             f"metric {metric.name!r} must return a float tensor, one value or one per sample; got {got}"
         )
     if values.dim() == 0:
-        return float(values.double()) * batch.size, batch.size
-    return float(values.double().sum()), values.numel()
+        return values.double().reshape(1), batch.size
+    return values.double(), 1

@@ -1,0 +1,68 @@
+"""Replacements of sites while a captured graph is interpreted: what scoring runs without rewriting the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+from .errors import CalibrationError
+from .execute import Computed
+from .graph import SITE, copy_graph, graph_modules, read_attribute, scan_nodes
+from .passes.mean_scan import Mean, mean_scan, mean_scan_tensors, scan_arguments
+from .sites import Site
+
+
+class Point:
+    """Where a site's replacement enters the graph: its scan node, or the sub-graph that holds it (``body``)."""
+
+    def __init__(self, gm: fx.GraphModule, site: Site) -> None:
+        self.site = site
+        owner, self.scan = next((o, n) for o, n in scan_nodes(gm) if n.meta[SITE] == site.name)
+        self.body: fx.GraphModule | None = None
+        self.node = self.scan
+        if owner is gm:
+            return
+        for node in gm.graph.nodes:
+            if node.op == "get_attr":
+                module = read_attribute(gm, str(node.target))
+                if isinstance(module, fx.GraphModule) and any(o is owner for o in graph_modules(module)):
+                    self.node, self.body = node, module
+                    return
+        raise CalibrationError(f"{site.name}: its scan lies in a sub-graph that the top-level graph does not reach")
+
+
+class Replacer:
+    """Overrides for :meth:`Executor.rerun` that replace sites, given by index."""
+
+    def __init__(self, gm: fx.GraphModule, sites: Sequence[Site], mean: Mean) -> None:
+        self.mean = mean
+        self.points = [Point(gm, site) for site in sites]
+        self._patched: dict[tuple[fx.Node, tuple[str, ...]], fx.GraphModule] = {}
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """The nodes that overrides may name."""
+        return list({p.node: None for p in self.points})
+
+    def overrides(self, chosen: Sequence[int]) -> dict[fx.Node, Any]:
+        """What to override to replace the sites ``chosen`` together."""
+        out: dict[fx.Node, Any] = {}
+        inside: dict[fx.Node, list[Point]] = {}
+        for i in chosen:
+            point = self.points[i]
+            if point.body is None:
+                out[point.node] = Computed(lambda value, scan=point.scan: self._replacement(scan, value))
+            else:
+                inside.setdefault(point.node, []).append(point)
+        for node, points in inside.items():
+            names = tuple(p.site.name for p in points)
+            if (node, names) not in self._patched:
+                self._patched[node, names] = mean_scan(copy_graph(points[0].body), names, mean=self.mean)
+            out[node] = self._patched[node, names]
+        return out
+
+    def _replacement(self, scan: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
+        args = {k: value(v) if isinstance(v, fx.Node) else v for k, v in scan_arguments(scan).items()}
+        return mean_scan_tensors(self.mean, **args)
