@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import vmeanba_fx
 from tests.helpers import make_scan_matter, relative_error
-from vmeanba_fx.cli import bench, main
+from vmeanba_fx.cli import bench, bench_kernels, main
 from vmeanba_fx.cli.arguments import ModelSpec
 from vmeanba_fx.models import save_checkpoint, vmamba_digits
 
@@ -228,6 +228,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(capsys, tmp
 
 def test_bench_times_the_model_and_its_rewritten_forms(capsys, spec):
     argv = ["bench", "--model", spec, "--batch", 2, "--size", 32, "--min-time", 0.01, "--device", "cpu"]
+    argv += ["--parts", "model"]
     found = json.loads(run(capsys, *argv, "--json")[1])
     assert [r["name"] for r in found["rows"]] == ["original", "k = 0", "k = 1", "k = 3"]
     assert [r["k"] for r in found["rows"]] == [None, 0, 1, 3]
@@ -244,7 +245,8 @@ def test_bench_text_with_data_and_plan(capsys, tmp_path, spec, data):
     run(capsys, "score", "--model", spec, "--data", data, "--batches", 1, "--out", plan)
     argv = ["bench", "--model", spec, "--data", data, "--plan", plan, "-k", 1, "--min-time", 0.01, "--device", "cpu"]
     code, out, _ = run(capsys, *argv)
-    assert code == 0 and "8x1x32x32" in out and "original" in out and "k = 1" in out and "k = 0" not in out
+    assert code == 0 and "1x1x32x32" in out and "original" in out and "k = 1" in out and "k = 0" not in out
+    assert "one channel us" in out and "kernels of" in out
 
 
 def test_bench_times_nothing_whose_numbers_are_wrong(capsys, spec, monkeypatch):
@@ -260,6 +262,35 @@ def test_bench_times_nothing_whose_numbers_are_wrong(capsys, spec, monkeypatch):
     monkeypatch.setattr(bench, "Timer", lambda *_, **__: pytest.fail("a wrong model was timed"))
     argv = ["bench", "--model", spec, "--batch", 2, "--size", 32, "-k", 0, "--device", "cpu"]
     assert "nothing was timed" in refused(capsys, *argv)
+
+
+def test_bench_of_kernels_and_profile_saved(capsys, tmp_path, spec):
+    out = tmp_path / "results"
+    argv = ["bench", "--model", spec, "--size", 32, "--min-time", 0.01, "--device", "cpu", "--parts", "kernels", "profile"]
+    code, text, _ = run(capsys, *argv, "--out", out)
+    assert code == 0 and "1x1x32x32" in text and "one channel us" in text and "kernels of" in text and "original" not in text
+    (path,) = out.glob("*.json")
+    found = json.loads(path.read_text())
+    assert "rows" not in found and sum(row["sites"] for row in found["kernels"]) == 3
+    assert all(row["factor"] == pytest.approx(row["full_us"] / row["one_us"]) for row in found["kernels"])
+    shares = [row["share"] for row in found["profile"]]
+    assert sum(shares) == pytest.approx(1) and shares == sorted(shares, reverse=True)
+    assert len(list(out.glob("*_kernels.csv"))) == len(list(out.glob("*_profile.csv"))) == len(list(out.glob("*.txt"))) == 1
+    pytest.importorskip("matplotlib")
+    assert len(list(out.glob("*_profile.png"))) == 1
+
+
+def test_bench_refuses_a_wrong_kernel(capsys, spec, monkeypatch):
+    full = torch.ops.vmeanba_fx.selective_scan
+    monkeypatch.setattr(vmeanba_fx.ops, "selective_scan", lambda *args: full(*args) * 1.01)
+    monkeypatch.setattr(bench_kernels, "Timer", lambda *_, **__: pytest.fail("a wrong kernel was timed"))
+    argv = ["bench", "--model", spec, "--size", 32, "--device", "cpu", "--parts", "kernels"]
+    assert "nothing was timed" in refused(capsys, *argv)
+
+
+def test_bench_refuses_a_block_that_is_not_there(capsys, spec):
+    argv = ["bench", "--model", spec, "--size", 32, "--device", "cpu", "--parts", "profile", "--block", "nowhere"]
+    assert "no such module" in refused(capsys, *argv)
 
 
 # -- models, data, usage -----------------------------------------------------------------------------------------------
