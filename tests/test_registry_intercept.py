@@ -14,9 +14,10 @@ from tests import zoo
 from tests.zoo import ScanFunction, selective_scan_fn, vmamba_scan_fn
 from vmeanba_fx import ops
 from vmeanba_fx.capture import capture_info
+from vmeanba_fx.families import canonical
 from vmeanba_fx.intercept import cpu_device_guard, intercept
 from vmeanba_fx.ops.last_state import last_state
-from vmeanba_fx.registry import canonical, find_spec, parameter_names, registered_scans, unregister_scan
+from vmeanba_fx.registry import find_spec, parameter_names, registered_scans, unregister_scan
 
 ARGUMENTS = zoo.scan_inputs(directions=2, length=11, dtype=torch.float32)
 U, DELTA, A, B, C, D, BIAS = (ARGUMENTS[n] for n in ("u", "delta", "A", "B", "C", "D", "delta_bias"))
@@ -557,7 +558,7 @@ def registered():
 
 
 def lookalike(x, dt, A, B, C, D):
-    return zoo.loop_scan(x, dt, A, B, C, D)[0]
+    return 2 * zoo.loop_scan(x, dt, A, B, C, D)[0]
 
 
 def test_unknown_signature_says_how_to_register_it():
@@ -565,7 +566,7 @@ def test_unknown_signature_says_how_to_register_it():
         return lookalike(u, delta + bias[:, None], A, B, C, D)
 
     gm = vmeanba_fx.capture(zoo.tiny(1, directions=1, call=call), SMALL)
-    with pytest.raises(vmeanba_fx.NoSitesError, match=r"lookalike\(x, dt, A, B, C, D\).*register_scan"):
+    with pytest.raises(vmeanba_fx.NoSitesError, match=r"lookalike\(x, dt, A, B, C, D\), but.*register_scan"):
         vmeanba_fx.find_sites(gm)
 
 
@@ -626,7 +627,8 @@ def test_same_name_other_signature():
     assert named("u, delta, A, B, C, D, z, return_last_state, HH, WW") == "2-D selective scan"
     assert named("us, dts, As, Bs, Cs, Ds") == "selective_scan (VMamba easy)"
     assert named("u, delta, a_matrix, b_matrix, c_matrix, d_vector=None") == "selective_scan (spelled-out names)"
-    assert named("u, delta, A, B, C, initial_states") is None
+    assert named("u, delta, A, B, C, initial_states") == "parts of a scan by their usual names"
+    assert named("x, dt, A, B") is None
     assert named("q, k, v") is None
 
 

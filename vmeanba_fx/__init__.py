@@ -28,6 +28,7 @@ from .errors import (
     SiteError,
     VMeanbaError,
 )
+from .families import canonical as _canonical  # noqa: F401  registers the signatures of public code
 from .metrics import Batch
 from .plan import Plan
 from .registry import ScanCall, register_scan

@@ -282,7 +282,8 @@ def _export(
         f"{name} does not run on the CPU: that it is the scan its signature says could not be checked"
         for name in dict.fromkeys(interception.untried)
     ]
-    return _Trace(program, program.module(), run, args, kwargs, refused, sorted(found.lookalikes), notes)
+    lookalikes = sorted({*found.lookalikes, *interception.disproved})
+    return _Trace(program, program.module(), run, args, kwargs, refused, lookalikes, notes)
 
 
 def _attempt(run: Callable[[], Any], what: str, args: tuple[Any, ...], found: Discovery) -> Any:
@@ -310,9 +311,9 @@ def _emit(call: ScanCall) -> Any:
     if call.z is not None:
         y = y * torch.nn.functional.silu(_cast(call.z, compute))
     y = _cast(y, call.out_dtype or call.u.dtype)
-    if not call.return_last_state:
-        return y
-    return y, last_state(call.u, call.delta, call.A, call.B, call.delta_bias, call.delta_softplus)
+    return call.result(
+        y, lambda: last_state(call.u, call.delta, call.A, call.B, call.delta_bias, call.delta_softplus)
+    )
 
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .registry import ScanSpec, find_spec, looks_like_scan, parameter_names
+from .standins import PYBIND_CONVOLUTION, StandIn, find_stand_in
 
 # Packages that contain no selective scan; not walking them keeps discovery fast and away from foreign lazy modules.
 _FOREIGN = frozenset(
@@ -28,6 +29,7 @@ PYBIND = {
     "selective_scan_cuda_core": ("u", "delta", "A", "B", "C", "D", "delta_bias", "delta_softplus", "nrows"),
     "selective_scan_cuda_oflex": ("u", "delta", "A", "B", "C", "D", "delta_bias", "delta_softplus", "nrows", "oflex"),
 }
+_COMPILED = frozenset({*PYBIND, PYBIND_CONVOLUTION[0]})
 # mamba-ssm's functions by the names they are imported under. Much code swallows the ImportError, so that on a machine
 # without mamba-ssm the name is simply missing; then, and only then, it is supplied while tracing.
 MAMBA_SSM = ("selective_scan_fn", "selective_scan_ref")
@@ -48,11 +50,16 @@ def _code_names(code: types.CodeType) -> set[str]:
 
 
 class Discovery:
-    """What :func:`discover` found: ``functions`` and ``classes`` with their spec, pybind users, look-alikes."""
+    """What :func:`discover` found: ``functions`` and ``classes`` with their spec, pybind users, look-alikes.
+
+    ``companions`` and ``companion_classes``: compiled code around scans, with what stands in for it on the CPU.
+    """
 
     def __init__(self) -> None:
         self.functions: dict[types.FunctionType, ScanSpec] = {}
         self.classes: dict[type, ScanSpec] = {}
+        self.companions: dict[types.FunctionType, StandIn] = {}
+        self.companion_classes: dict[type, StandIn] = {}
         self.missing_pybind: list[tuple[dict[str, Any], str]] = []
         self.missing_functions: list[tuple[dict[str, Any], str]] = []
         self.lookalikes: set[str] = set()
@@ -61,16 +68,19 @@ class Discovery:
         """Record ``obj``, a function or an ``autograd.Function`` class, if its signature is that of a scan."""
         fn = obj.__dict__.get("forward", None) if isinstance(obj, type) else obj
         fn = getattr(fn, "__func__", fn)
-        if not callable(fn):
+        if not callable(fn) or (getattr(fn, "__module__", None) or "").startswith("vmeanba_fx."):
             return
         parameters = parameter_names(fn)
-        spec = find_spec(obj, parameters)
-        if spec is None:
-            return
-        if isinstance(obj, type):
-            self.classes[obj] = spec
-        else:
-            self.functions[obj] = spec
+        if (spec := find_spec(obj, parameters)) is not None:
+            if isinstance(obj, type):
+                self.classes[obj] = spec
+            else:
+                self.functions[obj] = spec
+        elif (stand_in := find_stand_in(parameters)) is not None:
+            if isinstance(obj, type):
+                self.companion_classes[obj] = stand_in
+            else:
+                self.companions[obj] = stand_in
 
     def consider_lookalike(self, fn: types.FunctionType) -> None:
         """Record ``fn``, code of the model itself, if it might be a scan of a signature that nobody registered."""
@@ -128,12 +138,14 @@ def _function_children(fn: object, found: Discovery) -> list[object]:
     for name in names:
         if name in fn.__globals__:
             value = fn.__globals__[name]
-            if isinstance(value, types.ModuleType):
+            if value is None and name in _COMPILED and name not in sys.modules:  # an import that failed
+                found.missing_pybind.append((fn.__globals__, name))
+            elif isinstance(value, types.ModuleType):
                 if not _is_foreign(value.__name__):
                     out += [vars(value)[n] for n in names if n in vars(value)]
             else:
                 out.append(value)
-        elif name in PYBIND and name not in sys.modules:
+        elif name in _COMPILED and name not in sys.modules:
             found.missing_pybind.append((fn.__globals__, name))
         elif name in MAMBA_SSM:
             found.missing_functions.append((fn.__globals__, name))

@@ -5,6 +5,7 @@ Public code refers to its scan in many ways: module globals, from-imports, ``sel
 modules. Patching names misses most of them. So the *code object* of the Python function is swapped in place (every
 reference sees that), ``forward`` is swapped on ``autograd.Function`` classes (a captured ``.apply`` sees that), and
 ``fwd`` is swapped or injected on the pybind modules. Everything is put back when the context ends, whatever happened.
+The compiled companions of scans, for which a CPU has no code, get stand-ins the same way (:mod:`vmeanba_fx.standins`).
 
 A signature alone does not prove what a function computes: a helper ``scan(u, delta, A, B, C)`` may add its own bias.
 So a function is tried once on its own first call (:mod:`vmeanba_fx.trial`), and left alone where it computes something
@@ -16,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import itertools
 import logging
 import sys
 import threading
@@ -27,8 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .codeswap import CodeSwap
 from .discovery import PYBIND, Discovery, discover
-from .registry import Refusal, ScanCall, ScanSpec, canonical, compute_dtype, registered_scans
+from .families import canonical
+from .registry import Refusal, ScanCall, ScanSpec, compute_dtype, registered_scans
+from .standins import PYBIND_CONVOLUTION, StandIn, convolution_pybind
 from .trial import case_of, disagreement
 
 Emit = Callable[[ScanCall], Any]
@@ -37,30 +40,6 @@ log = logging.getLogger(__name__)
 
 # One capture at a time: the swaps are visible to the whole process.
 _LOCK = threading.RLock()
-_HANDLERS: dict[int, Callable[..., Any]] = {}
-_KEYS = itertools.count()
-
-
-def _dispatch(key: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return _HANDLERS[key](*args, **kwargs)
-
-
-def _trampoline(key: int, n_free: int) -> types.CodeType:
-    """Code with ``n_free`` free variables (a function only takes code with as many as its own) that calls _dispatch."""
-    free = [f"_free{i}" for i in range(n_free)]
-    lines = [
-        "def outer():",
-        *(f"    {name} = None" for name in free),
-        "    def trampoline(*args, **kwargs):",
-        *(f"        {name}" for name in free),
-        "        from vmeanba_fx.intercept import _dispatch",
-        f"        return _dispatch({key}, args, kwargs)",
-        "    return trampoline",
-    ]
-    scope: dict[str, Any] = {}
-    exec("\n".join(lines), scope)
-    return scope["outer"]().__code__
-
 
 def _bind(
     parameters: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], name: str
@@ -81,16 +60,23 @@ def _mamba_ssm_signature(
 
 
 class Interception:
-    """The swaps of one capture. ``refused`` collects (where, sentence) of scans that were left as they are."""
+    """The swaps of one capture.
+
+    ``refused`` collects (where, sentence) of scans that were left as they are, ``untried`` the names of those believed
+    without a trial, ``disproved`` functions whose parameters are those of a scan, with what they do instead.
+    """
 
     def __init__(self, emit: Emit, where: Callable[[], str]) -> None:
         self.emit = emit
         self.where = where
         self.refused: list[tuple[str, str]] = []
         self.untried: list[str] = []
+        self.disproved: list[str] = []
         self._thread = threading.get_ident()
         self._entered = 0
+        self._taken = 0
         self._verdicts: dict[tuple[object, ...], str] = {}
+        self._runs: dict[int, bool] = {}
         self._undo: list[Callable[[], None]] = []
 
     def _call(
@@ -105,14 +91,23 @@ class Interception:
         try:
             call = spec.adapt(bound.arguments)
         except Refusal as refusal:
-            self.refused.append((self.where(), str(refusal)))
-            return original(*args, **kwargs)
+            place, taken = self.where(), self._taken
+            result = original(*args, **kwargs)
+            if not spec.proof or self._taken == taken:  # else a scan inside of it was taken
+                self.refused.append((place, str(refusal)))
+            return result
         case = (id(signature), *case_of(bound.arguments))
         if case not in self._verdicts:
-            self._verdicts[case] = self._verdict(spec, name, original, bound)
-            if self._verdicts[case]:
-                log.info("%s has the signature of a scan but is none: %s", name, self._verdicts[case])
-        return original(*args, **kwargs) if self._verdicts[case] else self.emit(call)
+            taken = self._taken
+            verdict = self._verdicts[case] = self._verdict(spec, name, original, bound)
+            if verdict:
+                log.info("%s has the signature of a scan but is none: %s", name, verdict)
+                if self._taken == taken and spec.proof:  # nothing inside it is a scan either
+                    self.disproved.append(f"{name}({', '.join(bound.arguments)}), but {verdict}")
+        if self._verdicts[case]:
+            return original(*args, **kwargs)
+        self._taken += 1
+        return self.emit(call)
 
     def _verdict(self, spec: ScanSpec, name: str, original: Callable[..., Any], bound: inspect.BoundArguments) -> str:
         """Why a function is not the scan its signature says; empty where it is, or where that has to be believed."""
@@ -120,64 +115,105 @@ class Interception:
         verdict = disagreement(original, bound, lambda given: self.emit(spec.adapt(given)))
         if verdict is not None:
             return verdict
-        if self._entered > entered or "self" in bound.signature.parameters:
+        if self._entered > entered or "self" in bound.signature.parameters or spec.proof:
             # A wrapper around another scan, or a method with values of its own: believing it could be silently wrong.
             return "it fails"
         self.untried.append(name)  # a kernel for another device, presumably
         return ""
 
-    def swap_function(self, fn: types.FunctionType, spec: ScanSpec) -> None:
-        signature = inspect.signature(fn)
-        saved = (fn.__code__, fn.__defaults__, fn.__kwdefaults__)
-        original = types.FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
-        original.__kwdefaults__ = fn.__kwdefaults__
-        key = next(_KEYS)
+    def _stand_in(
+        self, stand_in: StandIn, signature: inspect.Signature, original: Callable[..., Any], args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:  # fmt: skip
+        """One call of a companion of scans: ``original`` where it runs on this machine, else ``stand_in``."""
+        if threading.get_ident() != self._thread:
+            return original(*args, **kwargs)
+        key = id(signature)
+        if key not in self._runs:
+            try:
+                found = original(*args, **kwargs)
+            except Exception as error:  # a compiled kernel may raise anything on tensors that it was not made for
+                log.info("%s does not run on the CPU (%s); PyTorch code takes its place", original, error)
+                self._runs[key] = False
+            else:
+                self._runs[key] = True
+                return found
+        if self._runs[key]:
+            return original(*args, **kwargs)
+        return stand_in(_bind(signature, args, kwargs, "stand-in").arguments)
 
-        def handle(*args: Any, **kwargs: Any) -> Any:
-            return self._call(spec, signature, fn.__qualname__, original, args, kwargs)
+    def swap_functions(self, found: Discovery) -> None:
+        """Send the calls of every function found here, by its code."""
+        signatures = {fn: inspect.signature(fn) for fn in (*found.functions, *found.companions)}
 
-        _HANDLERS[key] = handle
-        # Defaults first: code without positional parameters must not meet leftover defaults.
-        fn.__defaults__, fn.__kwdefaults__ = None, None
-        fn.__code__ = _trampoline(key, len(fn.__code__.co_freevars))
+        def handle(fn: types.FunctionType, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+            if fn in found.functions:
+                return self._call(found.functions[fn], signatures[fn], fn.__qualname__, original, args, kwargs)
+            return self._stand_in(found.companions[fn], signatures[fn], original, args, kwargs)
 
-        def undo() -> None:
-            fn.__code__, fn.__defaults__, fn.__kwdefaults__ = saved
-            # Another thread may be inside the trampoline still.
-            _HANDLERS[key] = original
+        swap = CodeSwap(signatures, handle)
+        swap.__enter__()
+        self._undo.append(swap.__exit__)
 
-        self._undo.append(undo)
-
-    def swap_class(self, cls: type, spec: ScanSpec) -> None:
+    def swap_class(self, cls: type, target: ScanSpec | StandIn) -> None:
+        """Send the calls of an ``autograd.Function`` here, by its ``forward``."""
         raw = cls.__dict__["forward"]
         forward = getattr(raw, "__func__", raw)
         signature = inspect.signature(forward)
-        first = next(iter(signature.parameters), "")
-        if first == "ctx":
+        with_ctx = next(iter(signature.parameters), "") == "ctx"
+        if with_ctx:
             signature = signature.replace(parameters=list(signature.parameters.values())[1:])
 
+        def call(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if isinstance(target, ScanSpec):
+                return self._call(target, signature, cls.__qualname__, original, args, kwargs)
+            return self._stand_in(target, signature, original, args, kwargs)
+
         def handle(*args: Any, **kwargs: Any) -> Any:
-            return self._call(spec, signature, cls.__qualname__, forward, args, kwargs)
+            return call(forward, args, kwargs)
 
         def handle_with_ctx(ctx: Any, *args: Any, **kwargs: Any) -> Any:
-            return self._call(spec, signature, cls.__qualname__, functools.partial(forward, ctx), args, kwargs)
+            return call(functools.partial(forward, ctx), args, kwargs)
 
-        cls.forward = staticmethod(handle_with_ctx if first == "ctx" else handle)  # type: ignore[attr-defined]
+        cls.forward = staticmethod(handle_with_ctx if with_ctx else handle)  # type: ignore[attr-defined]
         self._undo.append(lambda: setattr(cls, "forward", raw))
 
     def swap_pybind(self, found: Discovery) -> None:
         for name, parameters in PYBIND.items():
-            forward = self._pybind_forward(name, parameters)
-            module = sys.modules.get(name)
-            if module is not None and hasattr(module, "fwd"):
-                original = module.fwd
-                module.fwd = forward  # type: ignore[attr-defined]
-                self._undo.append(functools.partial(setattr, module, "fwd", original))
-            stub = types.SimpleNamespace(fwd=forward)
-            for namespace, missing in found.missing_pybind:
-                if missing == name and name not in namespace:
-                    namespace[name] = stub
-                    self._undo.append(functools.partial(namespace.pop, name, None))
+            self._swap_attribute(found, name, "fwd", self._pybind_forward(name, parameters))
+        self._swap_attribute(found, *PYBIND_CONVOLUTION, convolution_pybind)
+
+    def _swap_attribute(self, found: Discovery, name: str, attribute: str, ours: Callable[..., Any]) -> None:
+        """Send calls of ``attribute`` of the compiled module ``name`` to ``ours``, also where the module is missing."""
+        module = sys.modules.get(name)
+        original = getattr(module, attribute, None)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == self._thread:
+                return ours(*args, **kwargs)
+            if original is None:
+                raise NameError(f"name {name!r} is not defined")
+            return original(*args, **kwargs)
+
+        if original is not None:
+            setattr(module, attribute, forward)
+            self._undo.append(functools.partial(setattr, module, attribute, original))
+        stub = types.SimpleNamespace(**{attribute: forward})
+        for namespace, missing in found.missing_pybind:
+            if missing == name:
+                self._supply(namespace, name, stub)
+
+    def _supply(self, namespace: dict[str, Any], name: str, value: Any) -> None:
+        """Define a global that is missing, or None because its import failed."""
+        if namespace.get(name) is not None:
+            return
+        absent = name not in namespace
+        namespace[name] = value
+        self._undo.append(
+            functools.partial(namespace.pop, name, None)
+            if absent
+            else functools.partial(namespace.__setitem__, name, None)
+        )
 
     def supply_missing(self, found: Discovery) -> None:
         """Give code that failed to import mamba-ssm its scan, under mamba-ssm's own signature."""
@@ -185,12 +221,13 @@ class Interception:
         adapt = registered_scans()["selective_scan"].adapt
 
         def supplied(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != self._thread:
+                raise NameError("name 'selective_scan_fn' is not defined")
             return self.emit(adapt(_bind(signature, args, kwargs, "selective_scan_fn").arguments))
 
         for namespace, name in found.missing_functions:
             if name not in namespace:
-                namespace[name] = supplied
-                self._undo.append(functools.partial(namespace.pop, name, None))
+                self._supply(namespace, name, supplied)
 
     def _pybind_forward(self, name: str, parameters: tuple[str, ...]) -> Callable[..., Any]:
         signature = inspect.Signature(
@@ -198,6 +235,8 @@ class Interception:
         )
 
         def forward(*args: Any, **kwargs: Any) -> list[Tensor]:
+            self._entered += 1
+            self._taken += 1
             a = _bind(signature, args, kwargs, f"{name}.fwd").arguments
             out_dtype = compute_dtype(a["u"].dtype) if a.get("oflex") else None
             call = canonical(
@@ -225,10 +264,9 @@ def intercept(model: nn.Module, emit: Emit, where: Callable[[], str]) -> Iterato
         interception = Interception(emit, where)
         try:
             found = discover(model)
-            for fn, spec in found.functions.items():
-                interception.swap_function(fn, spec)
-            for cls, spec in found.classes.items():
-                interception.swap_class(cls, spec)
+            interception.swap_functions(found)
+            for cls, target in (found.classes | found.companion_classes).items():
+                interception.swap_class(cls, target)
             interception.swap_pybind(found)
             interception.supply_missing(found)
             yield interception, found

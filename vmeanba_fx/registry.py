@@ -2,9 +2,8 @@
 
 A scan is recognised by its *signature* (the names of its parameters), never by its own name or by the
 repository it comes from: public code has many functions called ``selective_scan_fn`` whose sixth argument
-is ``z`` in one place and ``delta_bias`` in the next. What the built-in entries cover was read from the sources
-of state-spaces/mamba (``selective_scan_interface.py``), MzeroMiko/VMamba (``csms6s.py``), their vendored copies and
-the pybind modules underneath. :func:`register_scan` adds others; built-in families use it as well.
+is ``z`` in one place and ``delta_bias`` in the next. :mod:`vmeanba_fx.families` registers what is known;
+:func:`register_scan` adds others.
 """
 
 from __future__ import annotations
@@ -26,6 +25,8 @@ class ScanCall:
 
     Shapes: ``u``, ``delta``, ``z`` are (B, K*D, L); ``A`` is (K*D, N); ``B``, ``C`` are (B, K, N, L);
     ``D`` and ``delta_bias`` are (K*D,). ``out_dtype`` is the dtype of y, ``None`` for the dtype of ``u``.
+    ``restore`` brings y (B, K*D, L) to the layout that the caller expects, ``restore_state`` the last state (B, K*D, N);
+    ``None`` where that is it.
     """
 
     u: Tensor
@@ -39,6 +40,16 @@ class ScanCall:
     delta_softplus: bool = False
     out_dtype: torch.dtype | None = None
     return_last_state: bool = False
+    restore: Callable[[Tensor], Tensor] | None = None
+    restore_state: Callable[[Tensor], Tensor] | None = None
+
+    def result(self, y: Tensor, last_state: Callable[[], Tensor]) -> Any:
+        """What the caller gets: ``y``, and the last state where it asked for that."""
+        y = y if self.restore is None else self.restore(y)
+        if not self.return_last_state:
+            return y
+        state = last_state()
+        return y, state if self.restore_state is None else self.restore_state(state)
 
 
 class Refusal(Exception):
@@ -54,7 +65,8 @@ class ScanSpec:
 
     ``leading``: names of the first parameters, in order (``ctx`` of an ``autograd.Function`` is skipped).
     ``allowed``: names that may follow. ``adapt`` maps the bound arguments, by name, to a :class:`ScanCall`.
-    ``target``: a callable that is this scan whatever its signature says.
+    ``target``: a callable that is this scan whatever its signature says. ``recognise`` decides by the parameter names in
+    place of ``leading`` and ``allowed``. ``proof``: take a function for the scan only where running it shows that it is.
     """
 
     name: str
@@ -62,9 +74,13 @@ class ScanSpec:
     allowed: frozenset[str]
     adapt: Adapter
     target: object | None = field(default=None, compare=False)
+    recognise: Callable[[tuple[str, ...]], bool] | None = None
+    proof: bool = False
 
     def matches(self, parameters: tuple[str, ...]) -> bool:
         """True where a signature with these parameter names belongs to this family."""
+        if self.recognise is not None:
+            return self.recognise(parameters)
         n = len(self.leading)
         return parameters[:n] == self.leading and set(parameters[n:]) <= self.allowed
 
@@ -156,90 +172,3 @@ def looks_like_scan(parameters: tuple[str, ...]) -> bool:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """What a scan computes in. (``torch.promote_types`` would be recorded as a node while a model is traced.)"""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def canonical(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    delta_bias: Tensor | None, delta_softplus: bool, out_dtype: torch.dtype | None = None, return_last_state: bool = False,
-) -> ScanCall:  # fmt: skip
-    """Bring the layouts that public code uses for B and C to (B, K, N, L), and refuse what the op does not compute."""
-    if A.is_complex() or B.is_complex() or C.is_complex():
-        raise Refusal("A is complex (S4-style); only real selective scans are supported")
-    batch, channels, length = u.shape
-
-    def grouped(t: Tensor, name: str) -> Tensor:
-        if t.dim() == 4:
-            return t
-        if t.dim() == 3:
-            return t.unsqueeze(1)
-        if t.dim() == 2:  # constant over time: one group per channel
-            return t[None, :, :, None].expand(batch, channels, t.shape[1], length)
-        raise Refusal(f"{name} has {t.dim()} dimensions; expected (B, K, N, L), (B, N, L) or (D, N)")
-
-    B4, C4 = grouped(B, "B"), grouped(C, "C")
-    if B4.shape[1] != C4.shape[1]:
-        groups = max(B4.shape[1], C4.shape[1])
-        B4, C4 = (t.repeat_interleave(groups // t.shape[1], dim=1) for t in (B4, C4))
-    if delta.shape[1] != channels:
-        raise Refusal(f"delta has {delta.shape[1]} channels where u has {channels} (delta_dim != dim)")
-    return ScanCall(u, delta, A, B4, C4, D, z, delta_bias, bool(delta_softplus), out_dtype, bool(return_last_state))
-
-
-def _by_name(a: Mapping[str, Any]) -> ScanCall:
-    # VMamba's wrappers name their fp16-in, fp32-out option `oflex`; mamba-ssm's have no such option and keep u's dtype.
-    out_dtype = compute_dtype(a["u"].dtype) if a.get("oflex") else None
-    return canonical(
-        a["u"], a["delta"], a["A"], a["B"], a["C"], a.get("D"), a.get("z"), a.get("delta_bias"),
-        a.get("delta_softplus", False), out_dtype, bool(a.get("return_last_state")),
-    )  # fmt: skip
-
-
-def _plural(a: Mapping[str, Any]) -> ScanCall:
-    return canonical(
-        a["us"], a["dts"], a["As"], a["Bs"], a["Cs"], a.get("Ds"), None, a.get("delta_bias"),
-        a.get("delta_softplus", False), None, bool(a.get("return_last_state")),
-    )  # fmt: skip
-
-
-def _spelled_out(a: Mapping[str, Any]) -> ScanCall:
-    return canonical(
-        a["u"], a["delta"], a["a_matrix"], a["b_matrix"], a["c_matrix"], a.get("d_vector"), None,
-        a.get("delta_bias"), a.get("delta_softplus", False),
-    )  # fmt: skip
-
-
-def _two_dimensional(a: Mapping[str, Any]) -> ScanCall:
-    raise Refusal("it runs a 2-D recurrence (HH, WW), not a scan along one sequence")
-
-
-def _state_only(a: Mapping[str, Any]) -> ScanCall:
-    raise Refusal("it has no C and returns the states h; only scans that return y are supported")
-
-
-_OPTIONS = ("D", "z", "delta_bias", "delta_softplus", "return_last_state", "oflex", "backend", "nrows", "backnrows")
-# The most specific entry last: entries are tried from the end.
-register_scan(
-    "2-D selective scan",
-    parameters=("u", "delta", "A", "B", "C"),
-    optional=(*_OPTIONS, "HH", "WW"),
-    adapt=_two_dimensional,
-)
-register_scan("selective_scan", parameters=("u", "delta", "A", "B", "C"), optional=_OPTIONS, adapt=_by_name)
-register_scan(
-    "selective_scan (VMamba easy)",
-    parameters=("us", "dts", "As", "Bs", "Cs"),
-    optional=("Ds", "delta_bias", "delta_softplus", "return_last_state", "chunksize"),
-    adapt=_plural,
-)
-register_scan(
-    "selective_scan (spelled-out names)",
-    parameters=("u", "delta", "a_matrix", "b_matrix", "c_matrix"),
-    optional=("d_vector", "delta_bias", "delta_softplus", "use_associative_scan"),
-    adapt=_spelled_out,
-)
-register_scan(
-    "state-returning scan",
-    parameters=("u", "delta", "A", "B", "D"),
-    optional=("z", "delta_bias", "delta_softplus", "return_last_state"),
-    adapt=_state_only,
-)

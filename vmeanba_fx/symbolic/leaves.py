@@ -15,13 +15,21 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
+from ..codeswap import CodeSwap, is_original
 from ..registry import find_spec, looks_like_scan, parameter_names, registered_scans
-from .codeswap import CodeSwap, is_original
 from .guards import check_guard
 from .values import run_scan
 
-# Function.apply is a Python classmethod: one code object for all classes, also behind a captured `SomeFunction.apply`.
-APPLY: types.FunctionType = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+_APPLY = torch.autograd.Function.__dict__["apply"]
+
+
+def _native_apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+    return _APPLY.__get__(None, cls)(*args, **kwargs)
+
+
+# A Python classmethod until torch 2.13: one code object for all classes, also behind a captured `SomeFunction.apply`.
+# Compiled since 2.14: there the attribute is replaced, and a captured `.apply` is not seen.
+APPLY: types.FunctionType = _APPLY.__func__ if isinstance(_APPLY, classmethod) else _native_apply
 # Recomputes activations in the backward pass; what it computes is the function it is given.
 CHECKPOINT: types.FunctionType = torch.utils.checkpoint.checkpoint
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -39,7 +47,13 @@ def is_scan_signature(candidate: object) -> bool:
     if not callable(described):
         return False
     names = parameter_names(described)
-    return find_spec(candidate, names) is not None or looks_like_scan(names)
+    return _is_known(candidate, names) or looks_like_scan(names)
+
+
+def _is_known(candidate: object, names: tuple[str, ...]) -> bool:
+    """Whether a signature alone says that this is a scan."""
+    spec = find_spec(candidate, names)
+    return spec is not None and not spec.proof
 
 
 def loaded_scan_functions() -> set[types.FunctionType]:
@@ -52,7 +66,7 @@ def loaded_scan_functions() -> set[types.FunctionType]:
             continue
         if names not in verdicts:
             own = names[1:] if names[0] == "self" else names
-            verdicts[names] = find_spec(None, own) is not None or looks_like_scan(own)
+            verdicts[names] = _is_known(None, own) or looks_like_scan(own)
         if verdicts[names] and not is_original(fn) and not _is_internal(fn):
             found.add(fn)
     return found
@@ -117,7 +131,8 @@ class LeafFunctions:
         """Whether calls of ``obj`` become one node."""
         return isinstance(obj, types.FunctionType) and (obj in self.scans or obj in self.others)
 
-    def intercepted(self, listener: Listener) -> CodeSwap:
+    @contextmanager
+    def intercepted(self, listener: Listener) -> Iterator[None]:
         """Context in which calls of the leaves go to ``listener``."""
 
         def handle(fn: types.FunctionType, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -127,7 +142,15 @@ class LeafFunctions:
                 return listener.checkpoint_called(original, args, kwargs)
             return listener.leaf_called(fn, original, args, kwargs)
 
-        return CodeSwap(self.scans | self.others | {APPLY, CHECKPOINT}, handle)
+        with CodeSwap(self.scans | self.others | {APPLY, CHECKPOINT}, handle):
+            if APPLY is not _native_apply:
+                yield
+                return
+            torch.autograd.Function.apply = classmethod(APPLY)  # type: ignore[assignment,method-assign]
+            try:
+                yield
+            finally:
+                torch.autograd.Function.apply = _APPLY  # type: ignore[method-assign]
 
 
 class Listener:

@@ -7,8 +7,6 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from .. import ops
 from ..ops.last_state import last_state
 from ..registry import Refusal, ScanCall, ScanSpec, find_spec, parameter_names
@@ -48,10 +46,10 @@ def _canonical_call(
         return None
 
 
-def _compute(call: ScanCall) -> Tensor | tuple[Tensor, Tensor]:
+def _compute(call: ScanCall) -> Any:
     y = ops.selective_scan(
         call.u, call.delta, call.A, call.B, call.C, call.D, call.z, call.delta_bias, call.delta_softplus, call.out_dtype
     )
-    if not call.return_last_state:
-        return y
-    return y, last_state(call.u, call.delta, call.A, call.B, call.delta_bias, call.delta_softplus)
+    return call.result(
+        y, lambda: last_state(call.u, call.delta, call.A, call.B, call.delta_bias, call.delta_softplus)
+    )

@@ -1,9 +1,16 @@
-"""Redirect the calls of Python functions, however they are referenced, by exchanging their code objects."""
+"""Redirect the calls of Python functions, however they are referenced, by exchanging their code objects.
+
+A swapped function is swapped for the whole process, so the new code looks at who calls: the thread that made the swap
+gets the handler, every other thread the function's own code, as if nothing had happened. Only ``__code__`` is exchanged,
+in one step; defaults stay where they are, and there is no moment at which a call could fail.
+"""
 
 from __future__ import annotations
 
+import functools
+import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 FILENAME = "<vmeanba_fx code swap>"
@@ -14,12 +21,12 @@ _PLACEHOLDER = "<the handler goes here>"
 Handler = Callable[[types.FunctionType, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
-def _redirecting_code(free_variables: int, target: Callable[..., Any]) -> types.CodeType:
-    """Code that calls ``target(args, kwargs)``.
+@functools.lru_cache
+def _template(free_variables: int) -> types.CodeType:
+    """Code that calls the placeholder among its constants with ``(args, kwargs)``.
 
     A function takes only code with as many free variables as its own, so that many are named; in a branch that never
-    runs, because a closure cell may still be empty. The target is a constant of the code: the globals it runs with
-    are those of the user's module.
+    runs, because a closure cell may still be empty.
     """
     names = [f"free{i}" for i in range(free_variables)]
     lines = [
@@ -33,8 +40,16 @@ def _redirecting_code(free_variables: int, target: Callable[..., Any]) -> types.
     ]
     scope: dict[str, Any] = {}
     exec(compile("\n".join(lines), FILENAME, "exec"), scope)
-    code: types.CodeType = scope["outer"]().__code__
-    return code.replace(co_consts=tuple(target if c == _PLACEHOLDER else c for c in code.co_consts))
+    return scope["outer"]().__code__
+
+
+def redirecting_code(code: types.CodeType, target: Callable[..., Any]) -> types.CodeType:
+    """Code to put in place of ``code`` that calls ``target(args, kwargs)``.
+
+    The target is a constant of the code: the globals it runs with are those of the user's module.
+    """
+    template = _template(len(code.co_freevars))
+    return template.replace(co_consts=tuple(target if c == _PLACEHOLDER else c for c in template.co_consts))
 
 
 def original_of(fn: types.FunctionType) -> types.FunctionType:
@@ -51,26 +66,30 @@ def is_original(fn: types.FunctionType) -> bool:
 
 
 class CodeSwap:
-    """Context in which every call of the given functions goes to ``handler``; leaving it restores the code."""
+    """Context in which this thread's calls of the given functions go to ``handler``; leaving it restores the code."""
 
-    def __init__(self, functions: set[types.FunctionType], handler: Handler) -> None:
-        self._functions = functions
+    def __init__(self, functions: Iterable[types.FunctionType], handler: Handler) -> None:
+        self._functions = list(functions)
         self._handler = handler
+        self._thread = 0
         self._saved: list[tuple[types.FunctionType, types.CodeType]] = []
 
     def __enter__(self) -> CodeSwap:
+        self._thread = threading.get_ident()
         try:
             for fn in self._functions:
                 target = self._target(fn, original_of(fn))
                 self._saved.append((fn, fn.__code__))
-                fn.__code__ = _redirecting_code(len(fn.__code__.co_freevars), target)
+                fn.__code__ = redirecting_code(fn.__code__, target)
         except BaseException:  # also Ctrl-C: nothing may stay redirected
             self.__exit__()
             raise
         return self
 
-    def _target(self, fn: types.FunctionType, original: types.FunctionType) -> Callable[..., Any]:
+    def _target(self, fn: types.FunctionType, original: Callable[..., Any]) -> Callable[..., Any]:
         def redirect(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if threading.get_ident() != self._thread:
+                return original(*args, **kwargs)
             return self._handler(fn, original, args, kwargs)
 
         return redirect
@@ -79,3 +98,4 @@ class CodeSwap:
         while self._saved:
             fn, code = self._saved.pop()
             fn.__code__ = code
+        self._thread = 0  # a call that began before this and goes on after it
