@@ -29,12 +29,14 @@ import torch.nn.functional as F
 from scenes import CLASSES, compose
 from tabulate import tabulate
 from torch import Tensor, nn
+from vim import Vim
 
+import vmeanba_fx
 from vmeanba_fx import models
 from vmeanba_fx.data import FASHION_MEAN, FASHION_STD, FashionMNIST, load_digits_images
 
 ROOT = Path(__file__).resolve().parents[2]
-CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
+CHECKPOINTS = Path(os.environ.get("VMEANBA_CHECKPOINTS", Path(__file__).resolve().parent / "checkpoints"))
 RESULTS = ROOT / "docs" / "results"
 FASHION = "/usr/share/datasets/fashion-mnist"
 SHARED = Path(os.environ.get("VMEANBA_WEIGHTS", ROOT.parent / "shared" / "weights"))
@@ -48,10 +50,17 @@ def deep() -> nn.Module:
     return models.vmamba_tiny_s1l8(in_chans=1, num_classes=10, depths=(2, 2, 14, 2), dims=32, drop_path_rate=0.1)
 
 
-def segmentation() -> nn.Module:
+def segmentation(ssm_conv: int = 3) -> nn.Module:
     """A VMamba v05 backbone with 10 scan sites under a UperNet head, for 96x96 grey scenes."""
-    backbone = models.backbone("vmamba_tiny_s1l8", in_chans=1, depths=(2, 2, 4, 2), dims=32, drop_path_rate=0.1)
+    backbone = models.backbone(
+        "vmamba_tiny_s1l8", in_chans=1, depths=(2, 2, 4, 2), dims=32, drop_path_rate=0.1, ssm_conv=ssm_conv
+    )
     return models.UperNet(backbone, num_classes=CLASSES, channels=64)
+
+
+def segmentation_scans() -> nn.Module:
+    """The same without the depthwise convolutions of the blocks."""
+    return segmentation(ssm_conv=-1)
 
 
 def scan_only_v05() -> nn.Module:
@@ -67,6 +76,14 @@ def scan_only_v0() -> nn.Module:
     return models.vanilla_vmamba_tiny(
         in_chans=1, num_classes=10, depths=(3,), dims=(32,), ssm_conv=-1, forward_type="v05", drop_path_rate=0.0
     )
+
+
+def scan_only_live() -> nn.Module:
+    """`scan_only_v05` without the LayerNorm behind the scans: there the one-channel scan has an effect."""
+    return models.vmamba_tiny_s1l8(
+        in_chans=1, num_classes=10, depths=(3,), dims=(32,), ssm_conv=-1, mlp_ratio=2.0, patchembed_version="v1",
+        drop_path_rate=0.0, forward_type="v05_onnone_noz",
+    )  # fmt: skip
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
@@ -154,6 +171,8 @@ TASKS = {
         Task("deep", "VMamba v05, 20 sites, Fashion-MNIST", deep, CHECKPOINTS / "deep.safetensors", _96, 10_000),
         Task("segmentation", "VMamba v05 + UperNet, 10 sites, scenes", segmentation,
              CHECKPOINTS / "segmentation.safetensors", scene_data, 2_000, "mIoU"),
+        Task("segmentation_scans", "the same without depthwise convolutions", segmentation_scans,
+             CHECKPOINTS / "segmentation_scans.safetensors", scene_data, 2_000, "mIoU"),
         Task("scan_v05_digits", "scans only, v05, digits", scan_only_v05,
              CHECKPOINTS / "scan_v05_digits.safetensors", classification_data("digits", 32), 10_000),
         Task("scan_v0_digits", "scans only, v0 kind, digits", scan_only_v0,
@@ -162,8 +181,21 @@ TASKS = {
              CHECKPOINTS / "scan_v05_fashion.safetensors", _32, 10_000),
         Task("scan_v0_fashion", "scans only, v0 kind, Fashion-MNIST", scan_only_v0,
              CHECKPOINTS / "scan_v0_fashion.safetensors", _32, 10_000),
+        Task("scan_live_digits", "scans only, v05 without out-norm, digits", scan_only_live,
+             CHECKPOINTS / "scan_live_digits.safetensors", classification_data("digits", 32), 10_000),
+        Task("scan_vim_digits", "scans only, Vim blocks, digits", Vim,
+             CHECKPOINTS / "scan_vim_digits.safetensors", classification_data("digits", 32), 10_000),
     )
 }  # fmt: skip
+
+
+def pick(names: Iterable[str]) -> list[Task]:
+    """The tasks whose weights are here; the others are named."""
+    chosen = [TASKS[name] for name in names]
+    for task in chosen:
+        if not task.weights.is_file():
+            print(f"{task.name}: left out, no {task.weights}", file=sys.stderr)
+    return [task for task in chosen if task.weights.is_file()]
 
 
 @torch.inference_mode()
@@ -190,6 +222,67 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, measure: str = "a
 
 def batches(images: Tensor, labels: Tensor, batch: int = 250) -> list[tuple[Tensor, Tensor]]:
     return list(zip(images.split(batch), labels.split(batch), strict=True))
+
+
+# -- variants ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How sites are replaced: options of `vmeanba_fx.calibrate`, those of `Plan.apply`, and how a plot draws it."""
+
+    name: str
+    calibrate: dict[str, Any]
+    apply: dict[str, Any]
+    line: str
+
+
+VARIANTS = {
+    v.name: v
+    for v in (
+        Variant("mean", {}, {}, "k.-"),
+        Variant("rank1", {"reduce": "rank", "rank": 1}, {}, "C0.--"),
+        Variant("rank4", {"reduce": "rank", "rank": 4}, {}, "C1.--"),
+        Variant("rank8", {"reduce": "rank", "rank": 8}, {}, "C5.--"),
+        Variant("rank16", {"reduce": "rank", "rank": 16}, {}, "C2.--"),
+        Variant("mean_refit", {"refit": True}, {}, "k.:"),
+        Variant("rank1_refit", {"reduce": "rank", "rank": 1, "refit": True}, {}, "C0.-"),
+        Variant("rank4_refit", {"reduce": "rank", "rank": 4, "refit": True}, {}, "C1.-"),
+        Variant("rank8_refit", {"reduce": "rank", "rank": 8, "refit": True}, {}, "C5.-"),
+        Variant("rank16_refit", {"reduce": "rank", "rank": 16, "refit": True}, {}, "C2.-"),
+        Variant("mean_greedy", {"greedy": True}, {}, "k.-."),
+        Variant("rank4_refit_greedy", {"reduce": "rank", "rank": 4, "refit": True, "greedy": True}, {}, "C1.-."),
+    )
+}
+SHORT = {name: "paper's mean" if name == "mean" else name.replace("_", " + ") for name in VARIANTS}
+
+
+class Study:
+    """A task's model, captured once, with calibration images of a seed and the test images, all on the device."""
+
+    def __init__(self, task: Task, args: argparse.Namespace, seed: int, calibration_images: int) -> None:
+        self.task, self.seed = task, seed
+        count, tests = (16, 32) if args.quick else (calibration_images, task.test_images)
+        self.calibration = batches(*task.load(args.data, True, count, seed, args.device))
+        self.test = task.load(args.data, False, tests, 0, args.device)
+        self.model = task.model(args.device)
+        self.graph = vmeanba_fx.capture(self.model, (self.calibration[0][0][:2],))
+        self.base = self.measure(self.model)
+        plan = vmeanba_fx.calibrate(self.graph, self.calibration, score_sites=False)
+        self.sites = plan.sites
+        # For accuracy alone the exact passes make no difference; the cheap ones that delete dead scans are kept.
+        records = vmeanba_fx.report(plan.apply(0)).passes
+        self.skipped = [r.name for r in records if r.exact and r.name not in ("drop_annihilated", "cleanup")]
+
+    def measure(self, model: nn.Module) -> float:
+        return evaluate(model, *self.test, self.task.measure)
+
+    def plan(self, variant: Variant, **more: Any) -> vmeanba_fx.Plan:
+        options = {"metric": "loss", "seed": self.seed, "progress": False, **variant.calibrate, **more}
+        return vmeanba_fx.calibrate(self.graph, self.calibration, **options)
+
+    def apply(self, plan: vmeanba_fx.Plan, variant: Variant, k: int) -> nn.Module:
+        return plan.apply(k, skip_passes=self.skipped, **variant.apply)
 
 
 # -- arguments and results --------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ def main() -> None:
         return fashion_images(shifted(images[chosen], 2, True, generator), 96), labels[chosen]
 
     steps = args.steps or (2 if args.quick else STEPS)
-    finish("deep", model, fit(model, batch, steps=steps, lr=LR, seconds=args.seconds), args)
+    finish("deep", model, fit(model, batch, steps=steps, lr=LR, seconds=args.seconds, graph=args.graph), args)
 
 
 if __name__ == "__main__":

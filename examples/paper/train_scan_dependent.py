@@ -10,6 +10,7 @@ import copy
 import torch
 from common import TASKS, arrays, digits_images, evaluate, fashion_images
 from training import arguments, finish, fit, shifted, shuffled, start_with_scans
+from vim import Direction
 
 from vmeanba_fx.models.ss2d import SS2D
 
@@ -17,6 +18,7 @@ STEPS = {"digits": 3000, "fashion": 4000}
 BATCH = {"digits": 128, "fashion": 256}
 LR, SHIFT = 4e-3, 3
 NAMES = [f"scan_{kind}_{data}" for data in ("digits", "fashion") for kind in ("v05", "v0")]
+NAMES += ["scan_live_digits", "scan_vim_digits"]
 
 
 def main() -> None:
@@ -50,7 +52,7 @@ def train(name: str, args) -> torch.nn.Module:
         return (shifted(x, SHIFT, False, generator) + images.min())[:, None], labels[chosen]
 
     steps = args.steps or (2 if args.quick else STEPS[data])
-    finish(name, model, fit(model, batch, steps=steps, lr=LR, seconds=args.seconds), args)
+    finish(name, model, fit(model, batch, steps=steps, lr=LR, seconds=args.seconds, graph=args.graph), args)
     return model
 
 
@@ -61,6 +63,8 @@ def delete_scans(model: torch.nn.Module) -> torch.nn.Module:
         for module in model.modules():
             if isinstance(module, SS2D):
                 module.x_proj.weight.unflatten(0, (4, -1))[:, -module.d_state :] = 0.0
+            elif isinstance(module, Direction):
+                module.x_proj.weight[-module.state :] = 0.0
     return model
 
 

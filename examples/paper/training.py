@@ -21,17 +21,30 @@ WARM_UP, CLIP, SMOOTHING = 0.05, 1.0, 0.05
 
 def fit(
     model: nn.Module, batch: Callable[[int], tuple[Tensor, Tensor]], *, steps: int, lr: float, seconds: float,
-    weight_decay: float = 0.05,
+    weight_decay: float = 0.05, graph: bool = False,
 ) -> list[dict[str, float]]:  # fmt: skip
     """Trains in place; returns the loss curve. `batch(step)` gives images and labels on the model's device.
 
     The learning rate falls to zero after `steps` steps or `seconds` seconds, whichever is first; how far it came is logged.
+    graph: replay each step as one CUDA graph. Small models wait for launches otherwise.
     """
     device = next(model.parameters()).device
     decay = [p for n, p in model.named_parameters() if p.ndim >= 2 and not n.endswith("A_logs")]
     plain = [p for n, p in model.named_parameters() if p.ndim < 2 or n.endswith("A_logs")]
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=device.type == "cuda")
+    rate = torch.tensor(0.0, device=device)
+    on_gpu = device.type == "cuda"
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=on_gpu, capturable=on_gpu)
+
+    def advance(images: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=False):
+            loss = F.cross_entropy(model(images).float(), labels, label_smoothing=SMOOTHING)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        return loss.detach()
+
+    step_once = _Replayed(advance, optimizer) if graph and on_gpu else _Eager(advance, optimizer)
     curve, total, counted = [], torch.zeros((), device=device), 0
     started = time.perf_counter()
     model.train()
@@ -40,17 +53,8 @@ def fit(
         progress = max(step / steps, elapsed / seconds)
         if progress >= 1:
             break
-        rise = min(progress / WARM_UP, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * rise * 0.5 * (1 + math.cos(math.pi * progress))
-        images, labels = batch(step)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = F.cross_entropy(model(images).float(), labels, label_smoothing=SMOOTHING)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        total += loss.detach()
+        rate.fill_(lr * min(progress / WARM_UP, 1.0) * 0.5 * (1 + math.cos(math.pi * progress)))
+        total += step_once(*batch(step))
         counted += 1
         if counted == 100 or step + 1 == steps:
             curve.append({"step": step + 1, "seconds": round(elapsed, 1), "loss": round(float(total) / counted, 4)})
@@ -59,6 +63,44 @@ def fit(
             counted = 0
     model.eval()
     return curve
+
+
+class _Eager:
+    def __init__(self, advance: Callable[[Tensor, Tensor], Tensor], optimizer: torch.optim.Optimizer) -> None:
+        self.advance, self.optimizer = advance, optimizer
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        return self.advance(images, labels)
+
+
+class _Replayed(_Eager):
+    """The first steps run as they are, on a stream of their own; then one step is captured and replayed."""
+
+    EAGER = 12
+
+    def __init__(self, advance: Callable[[Tensor, Tensor], Tensor], optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(advance, optimizer)
+        self.stream, self.done, self.graph = torch.cuda.Stream(), 0, None
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        self.done += 1
+        if self.done <= self.EAGER:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                loss = super().__call__(images, labels)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return loss
+        if self.graph is None:
+            self.images, self.labels = images.clone(), labels.clone()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.loss = self.advance(self.images, self.labels)
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        self.graph.replay()
+        return self.loss
 
 
 def start_with_scans(model: nn.Module) -> nn.Module:
@@ -104,6 +146,7 @@ def arguments(doc: str):
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--seconds", type=float, default=1e9, help="end the learning-rate cycle after this time at the latest")
     p.add_argument("--steps", type=int, help="override the recipe's number of steps")
+    p.add_argument("--graph", action="store_true", help="replay training steps as CUDA graphs")
     p.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="folder for the weights")
     return p
 

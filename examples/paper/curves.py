@@ -1,0 +1,188 @@
+"""Figure 4 and more: accuracy or mIoU against the number of replaced sites, for every transform.
+
+    python examples/paper/curves.py --device cuda --tasks v05 --seeds 0 1 2
+    python examples/paper/curves.py --plot-only
+
+A variant is the paper's mean or a rank-r scan, with or without refitted readouts, the sites chosen from one round of scores
+or greedily. Everything is fitted and chosen on training images (`--calibration-images` of them, another choice for each
+seed); the test split is measured at the end and nothing else. Results are added to one file per task and seed, so that
+runs can be spread over GPUs; `--plot-only` tabulates and draws all files that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import (
+    SHORT,
+    TASKS,
+    VARIANTS,
+    Study,
+    Variant,
+    parser,
+    pick,
+    read_csv,
+    write_csv,
+    write_markdown,
+)  # fmt: skip
+
+PANELS = {
+    "classification": ("v05", "v0", "deep"),
+    "segmentation": ("segmentation",),
+    "scan-dependent": ("scan_v05_digits", "scan_v0_digits", "scan_v05_fashion", "scan_v0_fashion"),
+}
+
+
+def curve(study: Study, variant: Variant, ks: list[int], until: float) -> list[dict[str, Any]]:
+    """One row per k; stops when the time is over."""
+    rows = []
+    started = time.perf_counter()
+    plan = study.plan(variant)
+    scoring = time.perf_counter() - started
+    for k in ks:
+        if time.perf_counter() > until:
+            break
+        started = time.perf_counter()
+        gm = study.apply(plan, variant, k)
+        applying = time.perf_counter() - started
+        value = study.measure(gm)
+        row = {
+            "task": study.task.name, "variant": variant.name, "seed": study.seed, "k": k, "value": round(value, 3),
+            "drop": round(study.base - value, 3), "scoring_s": round(scoring, 1), "applying_s": round(applying, 1),
+        }  # fmt: skip
+        print(row, flush=True)
+        rows.append(row)
+    return rows
+
+
+def numbers(sites: int, quick: bool) -> list[int]:
+    """The k that are measured: all of them for small models, about eight for larger ones."""
+    if quick:
+        return [1, sites]
+    if sites <= 4:
+        return list(range(1, sites + 1))
+    if sites <= 10:
+        return [k for k in (1, 2, 3, 5, 7, 8, 9, 10) if k <= sites]
+    return sorted({1, 2, sites, *range(5, sites, 3)})
+
+
+def run(args: argparse.Namespace) -> None:
+    until = time.perf_counter() + args.seconds
+    for task in pick(args.tasks):
+        for seed in args.seeds:
+            study = Study(task, args, seed, args.calibration_images)
+            path = args.out / "curves" / f"{task.name}_seed{seed}{args.tag}.csv"
+            rows = [{
+                "task": task.name, "variant": "original", "seed": seed, "k": 0, "value": round(study.base, 3), "drop": 0.0,
+                "scoring_s": 0.0, "applying_s": 0.0,
+            }]  # fmt: skip
+            for name in args.variants:
+                if time.perf_counter() < until:
+                    rows += curve(study, VARIANTS[name], numbers(len(study.sites), args.quick), until)
+                    write_csv(path, rows)
+
+
+# -- tables and plots -------------------------------------------------------------------------------------------------
+
+
+def collected(folder: Path) -> tuple[dict[str, dict[str, dict[int, list[float]]]], dict[str, float], list[str]]:
+    """drops[task][variant][k] over seeds, the base of every task, and where the numbers come from."""
+    drops: dict[str, dict[str, dict[int, list[float]]]] = {}
+    bases: dict[str, float] = {}
+    origins: list[str] = []
+    for path in sorted((folder / "curves").glob("*.csv")):
+        rows, origin = read_csv(path)
+        origins.append(f"{path.name}: {origin}")
+        for row in rows:
+            if row["variant"] == "original":
+                bases[row["task"]] = float(row["value"])
+            else:
+                of = drops.setdefault(row["task"], {}).setdefault(row["variant"], {})
+                of.setdefault(int(row["k"]), []).append(float(row["drop"]))
+    return drops, bases, origins
+
+
+def cell(values: list[float] | None) -> str:
+    if not values:
+        return ""
+    mean = statistics.fmean(values)
+    return f"{mean:.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{mean:.2f}"
+
+
+def tabulated(folder: Path) -> None:
+    drops, bases, origins = collected(folder)
+    for panel, names in PANELS.items():
+        parts = []
+        for name in (n for n in names if n in drops):
+            task, ks = TASKS[name], sorted({k for of in drops[name].values() for k in of})
+            rows = [[SHORT[v], *(cell(drops[name][v].get(k)) for k in ks)] for v in VARIANTS if v in drops[name]]
+            parts.append((task, ks, rows))
+        if not parts:
+            continue
+        path = folder / f"curves_{panel}.md"
+        notes = [
+            "Drop of the test measure in points, mean and standard deviation over the seeds of the calibration data. "
+            "Negative: better than the original."
+        ]
+        text = []
+        for task, ks, rows in parts:
+            title = f"{task.title}: {bases[task.name]:.2f} % {task.measure}"
+            write_markdown(path, title, ["variant", *(f"K={k}" for k in ks)], rows, [])
+            text.append(path.read_text(encoding="utf-8"))
+        own = [o for o in origins if any(o.startswith(f"{t.name}_seed") for t, _, _ in parts)]
+        path.write_text("\n".join([*text, *notes, "", *(f"* {o}" for o in own)]) + "\n", encoding="utf-8")
+        plot(panel, drops, bases, folder)
+
+
+def plot(panel: str, drops: dict, bases: dict[str, float], folder: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = [n for n in PANELS[panel] if n in drops]
+    fig, axes = plt.subplots(1, len(names), figsize=(5.2 * len(names), 4.2), squeeze=False)
+    for name, ax in zip(names, axes[0], strict=True):
+        for variant, style in VARIANTS.items():
+            of = drops[name].get(variant)
+            if not of:
+                continue
+            ks = sorted(of)
+            means = [bases[name] - statistics.fmean(of[k]) for k in ks]
+            low, high = ([bases[name] - pick_one(of[k]) for k in ks] for pick_one in (max, min))
+            line = ax.plot([0, *ks], [bases[name], *means], style.line, label=SHORT[variant], lw=1.5, ms=4)[0]
+            ax.fill_between(ks, low, high, color=line.get_color(), alpha=0.15, lw=0)
+        ax.set(title=TASKS[name].title, xlabel="K, sites replaced", ylabel=f"test {TASKS[name].measure}, %")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=7)
+    fig.tight_layout()
+    fig.savefig(folder / f"curves_{panel}.png", dpi=110)
+    plt.close(fig)
+
+
+def main() -> None:
+    p = parser(__doc__)
+    p.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    p.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    p.add_argument("--calibration-images", type=int, default=1000, metavar="N")
+    p.add_argument("--seconds", type=float, default=1e9, help="stop after this time; what is measured is kept")
+    p.add_argument("--tag", default="", help="added to the names of the files")
+    p.add_argument("--plot-only", action="store_true", help="tabulate and draw the files that are there")
+    args = p.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    if not args.plot_only:
+        run(args)
+    try:
+        tabulated(args.out)
+    except ImportError:
+        print("no matplotlib here: draw with --plot-only where it is installed")
+
+
+if __name__ == "__main__":
+    main()
