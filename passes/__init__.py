@@ -9,16 +9,23 @@ from .lift_skip import lift_skip
 from .manager import Pass, PassRecord, check_graph, run_passes
 from .mean_scan import mean_scan
 from .merge_skips import merge_skips
+from .rank_scan import RankFit, rank_scan
+from .refit import Readout, find_readout, refit
 
 __all__ = [
     "Pass",
     "PassRecord",
+    "RankFit",
+    "Readout",
     "channels_last", "check_graph", "cleanup",
     "drop_annihilated",
     "functionalize",
+    "find_readout",
     "fuse_ss2d",
     "lift_skip",
     "mean_scan",
     "merge_skips",
+    "rank_scan",
+    "refit",
     "run_passes",
 ]

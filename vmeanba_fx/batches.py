@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -71,6 +72,21 @@ class Batches:
         leaves = pytree.tree_leaves((batch.args, batch.kwargs, batch.labels, batch.raw))
         self._bytes += sum(t.nbytes for t in {id(t): t for t in leaves if isinstance(t, Tensor)}.values())
         self._kept = [*self._kept, batch] if self._bytes <= _KEPT_BYTES else None
+
+    def sweep(self) -> Iterator[Batch]:
+        """All batches, as often as it is called; the first time it reads the loader."""
+        if self.digests:
+            yield from (batch for _, batch in self.again(lambda _: True))
+            return
+        with seeded(self.seed):
+            yield from self
+
+    def unread(self) -> Batches:
+        """The same batches, once read, for a reader that starts from nothing."""
+        fresh = copy.copy(self)
+        fresh.digests, fresh.chain, fresh._kept, fresh._bytes = [], "", [], 0
+        fresh._stream = (batch for _, batch in self.again(lambda i: i > 0))
+        return fresh
 
     def again(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Batch]]:
         """(index, batch) for every batch whose index is ``wanted``, in order.

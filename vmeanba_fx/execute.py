@@ -87,6 +87,24 @@ class Executor:
                 env.pop(dead, None)
         return self.gm.graph.process_outputs(output), State(kept, inputs)
 
+    def visit(self, readers: Mapping[fx.Node, Callable[[Mapping[fx.Node, Any]], None]], *args: Any, **kwargs: Any) -> None:
+        """Run as far as the last of the nodes in ``readers``, each called with the values at hand right after its node.
+
+        At hand are at least the values of the node itself and of its arguments.
+        """
+        env = self._copies(dict(zip(self.gm.graph.find_nodes(op="placeholder"), self._flat(args, kwargs), strict=True)))
+        left = len(readers)
+        for position, node in enumerate(self.nodes):
+            if not left:
+                return
+            if node.op not in ("placeholder", "output") and node not in self._skipped:
+                env[node] = self._call(node, env)
+            if node in readers:
+                readers[node](env)
+                left -= 1
+            for dead in self._last_use.get(position, ()):
+                env.pop(dead, None)
+
     def rerun(self, state: State, overrides: Mapping[fx.Node, Any]) -> Any:
         """The model's outputs with ``overrides`` in place of some points' values; runs only what lies downstream.
 

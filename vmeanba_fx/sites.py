@@ -139,12 +139,18 @@ def _describe(name: str, node: fx.Node, inside: str) -> Site:
 
 def _after_skip(node: fx.Node, u: fx.Node) -> tuple[fx.Node, bool]:
     """The node after ``+ D*u`` and True, or the scan itself and False."""
-    for user in node.users:
+    product = skip_product(node)
+    return (next(iter(product.users)), True) if product is not None else (node, False)
+
+
+def skip_product(scan: fx.Node) -> fx.Node | None:
+    """The node ``D*u`` of the ``+ D*u`` right behind a scan, where there is one that nothing else reads."""
+    for user in scan.users:
         if user.target is aten.add.Tensor:
-            other = user.args[1] if user.args[0] is node else user.args[0]
-            if isinstance(other, fx.Node) and other.target is aten.mul.Tensor and u in other.all_input_nodes:
-                return user, True
-    return node, False
+            other = user.args[1] if user.args[0] is scan else user.args[0]
+            if isinstance(other, fx.Node) and other.target is aten.mul.Tensor and scan.args[0] in other.all_input_nodes:
+                return other if len(other.users) == 1 else None
+    return None
 
 
 def _is_silu(product: fx.Node, of: fx.Node) -> bool:

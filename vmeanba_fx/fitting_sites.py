@@ -1,0 +1,178 @@
+"""Rank-r fits of a captured graph's sites: one pass over the calibration data collects the sums of all of them.
+
+Sums of one site take 2 heads * ((K + 2) * D + 1)^2 float64 numbers where the K directions are provably merged into one map
+(then heads = 1: what is fitted is the merged output), and 2 K (3 D + 1)^2 where they are not (every direction by itself).
+Sites whose sums exceed ``SUMS_BUDGET`` together are fitted in several passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from . import ops
+from .batches import Batches
+from .cross_scan import find_cross_scan, find_merge
+from .errors import CalibrationError, SiteError
+from .evaluate import Unprovable
+from .execute import Executor
+from .fitting import Layout, LowRank, Sums, auto_rank, fit_low_rank
+from .graph import SITE, scan_nodes, value
+from .ops.directions import inverse_table
+from .passes.mean_scan import group_shape, scan_arguments
+from .passes.rank_scan import RankFit, call, shared_step
+from .sites import Site, skip_product
+
+SUMS_BUDGET = 1 << 30  # bytes
+_ROWS_BUDGET = 1 << 24  # float64 numbers of rows at a time
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """``kind`` "mean" or "rank"; ``rank`` a number or "auto", then the least rank that explains ``energy`` of a scan."""
+
+    kind: str = "mean"
+    rank: int | str = 4
+    energy: float = 0.9
+
+
+class _SiteRows:
+    """Turns what a scan node reads and gives into rows of :class:`vmeanba_fx.fitting.Layout`."""
+
+    def __init__(self, gm: fx.GraphModule, site: Site) -> None:
+        owner, self.scan = next((o, n) for o, n in scan_nodes(gm) if n.meta[SITE] == site.name)
+        if owner is not gm:
+            raise SiteError(f"{site.name}: reduce='rank' does not reach into autocast and checkpoint regions")
+        self.site = site
+        self.args = scan_arguments(self.scan)
+        self.groups, self.channels = group_shape(value(self.args["u"]), value(self.args["B"]))
+        self.skip = skip_product(self.scan) is not None
+        self.inverse = self._inverse_order()
+        merged = self.inverse is not None
+        self.layout = Layout(self.groups if merged else 1, self.channels)
+        self.heads = 1 if merged else self.groups
+
+    def _inverse_order(self) -> Tensor | None:
+        """(K, L): at which step direction k visits each position, where the directions are merged into one map."""
+        if self.groups == 1:
+            return None
+        try:
+            cross = find_cross_scan(self.args["u"], self.groups)
+            find_merge(cross, self.scan, self.scan)
+        except Unprovable:
+            return None
+        return inverse_table(cross.order)
+
+    @property
+    def bytes(self) -> int:
+        return 16 * self.heads * self.layout.width**2
+
+    def sums(self, device: torch.device) -> Sums:
+        return Sums(self.heads, self.layout.width, device)
+
+    def add(self, sums: Sums, env: Mapping[fx.Node, Any], batch_index: int) -> None:
+        given = {k: env[v] if isinstance(v, fx.Node) else v for k, v in self.args.items()}
+        y = env[self.scan]
+        items = y.shape[0]
+        step = max(1, _ROWS_BUDGET // (self.heads * self.layout.width * y.shape[2]))
+        # Halves of the batch, so that windows of one image stay together; single images take turns.
+        middle = items // 2 if items > 1 else (batch_index + 1) % 2
+        for half, (start, stop) in enumerate(((0, middle), (middle, items))):
+            for low in range(start, stop, step):
+                now = slice(low, min(low + step, stop))
+                part = {k: t[now] if k in ("u", "delta", "B", "C") else t for k, t in given.items()}
+                sums.add(self._rows(y[now], **part), half)
+
+    def _rows(self, y: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, delta_bias: Tensor | None,
+              delta_softplus: bool, out_dtype: Any) -> Tensor:  # fmt: skip
+        """(heads, items * L, width) float64."""
+        compute = torch.promote_types(u.dtype, torch.float32)
+        K, D = self.groups, self.channels
+
+        def cast(t: Tensor) -> Tensor:
+            return t.to(compute)
+
+        delta1, A1 = shared_step(call, delta, delta_bias, A, K, D, compute, cast)
+        us = u.unflatten(1, (K, D))
+        z = ops.shared_scan(cast(us), delta1, A1, cast(B), cast(C), None, delta_softplus)  # (b, K, D, L)
+        ys = y.unflatten(1, (K, D))
+        if self.inverse is None:
+            parts = [z, us, ys]
+            return torch.cat([_by_head(t.double()) for t in parts] + [_ones(z, K)], dim=2)
+        z, ys = self._in_place(z), self._in_place(ys).sum(1)
+        x = us[:, 0].index_select(-1, self.inverse[0].to(us.device))
+        flat = [z.flatten(1, 2), x, ys]
+        return torch.cat([_by_head(t[:, None].double()) for t in flat] + [_ones(z, 1)], dim=2)
+
+    def _in_place(self, t: Tensor) -> Tensor:
+        """(b, K, D, L) in scan order -> in spatial order."""
+        assert self.inverse is not None
+        return torch.stack([t[:, k].index_select(-1, row.to(t.device)) for k, row in enumerate(self.inverse)], 1)
+
+    def solve(self, sums: Sums, reduction: Reduction) -> RankFit:
+        options = {"project": self.site.annihilated, "skip": self.skip}
+        rank = reduction.rank
+        if rank == "auto":
+            rank = auto_rank(sums, self.layout, reduction.energy, **options)
+        elif rank > self.channels:
+            raise SiteError(f"{self.site.name}: rank={rank} is more than its {self.channels} channels")
+        fits, energy = fit_low_rank(sums, self.layout, int(rank), **options)
+        return self._as_fit(fits, energy, int(sums.whole[0, -1, -1]))
+
+    def _as_fit(self, heads: list[LowRank], energy: float, rows: int) -> RankFit:
+        W, V = torch.cat([f.W for f in heads]), torch.cat([f.V for f in heads])
+        skip, bias = (torch.cat([getattr(f, name) for f in heads]) for name in ("s", "b"))
+        if self.inverse is not None:  # of the merged map: each direction gets its share
+            skip, bias = (t.repeat(self.groups) / self.groups for t in (skip, bias))
+        return RankFit(W, V, skip if self.skip else None, bias, energy, rows)
+
+
+def fit_sites(
+    gm: fx.GraphModule, sites: Iterable[Site], data: Batches, reduction: Reduction
+) -> dict[str, RankFit]:
+    """Fits of ``sites`` on the activations of ``gm`` itself, each as if it alone were replaced.
+
+    Raises:
+        SiteError: a site that a rank-r scan cannot replace, or a rank above a site's channels.
+        CalibrationError: the loader is empty, or a scan's values are not finite.
+    """
+    rows = [_SiteRows(gm, site) for site in sites]
+    executor = Executor(gm, [])
+    fits: dict[str, RankFit] = {}
+    for some in _grouped(rows):
+        sums = {r: r.sums(executor.device) for r in some}
+        for index, batch in enumerate(data.sweep()):
+            batch = batch.to(executor.device)
+            readers = {r.scan: (lambda env, r=r: r.add(sums[r], env, index)) for r in some}
+            with torch.no_grad():
+                executor.visit(readers, *batch.args, **batch.kwargs)
+        for r in some:
+            if not bool(torch.isfinite(sums[r].halves).all()):
+                raise CalibrationError(f"{r.site.name}: the scan's values are not finite (nan or inf) on the calibration data")
+            fits[r.site.name] = r.solve(sums.pop(r), reduction)
+    return fits
+
+
+def _grouped(rows: list[_SiteRows]) -> Iterable[list[_SiteRows]]:
+    """In order, so that each group's sums fit the budget; a site above it goes alone."""
+    group: list[_SiteRows] = []
+    for r in rows:
+        if group and sum(g.bytes for g in group) + r.bytes > SUMS_BUDGET:
+            yield group
+            group = []
+        group.append(r)
+    if group:
+        yield group
+
+
+def _by_head(t: Tensor) -> Tensor:
+    """(b, heads, C, L) -> (heads, b * L, C)."""
+    return t.permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def _ones(z: Tensor, heads: int) -> Tensor:
+    return torch.ones(heads, z.shape[0] * z.shape[-1], 1, dtype=torch.float64, device=z.device)
