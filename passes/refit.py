@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, fx
 
 from vmeanba_fx.evaluate import is_parameter_only
@@ -138,7 +137,7 @@ def find_stream(layer: fx.Node) -> fx.Node | None:
             others = [a for a in user.args if a is not node]
             same = len(others) == 1 and isinstance(others[0], fx.Node) and value(others[0]).shape == value(layer).shape
             return user if same else None
-        if user.target not in _SAME or user.target is aten.dropout.default and user.args[2]:
+        if user.target not in _SAME or (user.target is aten.dropout.default and user.args[2]):
             return None
         node = user
     return None

@@ -13,7 +13,7 @@ from .calibrate import calibrate
 __all__ = ["transform"]
 
 _CHOICE = ("max_drop", "sites", "exclude")
-_APPLY = ("skip_passes", "verify", "dump")
+_APPLY = ("refit", "skip_passes", "verify", "dump")
 
 
 def transform(
@@ -31,8 +31,8 @@ def transform(
         model: an ``nn.Module``, a traced ``torch.fx.GraphModule`` or an ``ExportedProgram``; it is not changed.
         calib_loader: batches of inputs, with labels or without.
         k: how many sites to replace; or choose with ``max_drop=`` or ``sites=`` (see :meth:`Plan.choose`).
-        **options: of :func:`calibrate` (``metric``, ``mean``, ``transform_fn``, ``seed``, ``resume``, ...) and of
-            :meth:`Plan.apply` (``exclude``, ``skip_passes``, ``verify``, ``dump``, ...).
+        **options: of :func:`calibrate` (``metric``, ``mean``, ``reduce``, ``rank``, ``transform_fn``, ``seed``,
+            ``resume``, ...) and of :meth:`Plan.apply` (``exclude``, ``refit``, ``skip_passes``, ``verify``, ``dump``, ...).
 
     Returns:
         A ``GraphModule`` on the model's device, in eval mode. ``print(vmeanba_fx.report(gm))`` tells what was done.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
@@ -16,9 +16,11 @@ from .batches import Batches, describe_inputs, seeded
 from .capture import capture
 from .errors import CalibrationError
 from .fingerprint import Fingerprint
+from .fitting_sites import fit_sites, reachable
 from .metrics import resolve_metric
 from .passes.mean_scan import Mean, check_mean
 from .plan import Plan
+from .reduction import Reduce, Reduction
 from .replacing import Replacer
 from .resume import Saved
 from .scoring import Runner, measure_sites
@@ -33,6 +35,9 @@ def calibrate(
     *,
     metric: str | Callable[..., Any] | None = None,
     mean: Mean = "direction",
+    reduce: Reduce = "mean",
+    rank: int | Literal["auto"] | None = None,
+    energy: float | None = None,
     transform_fn: Callable[[Any], Any] | None = None,
     max_batches: int | None = None,
     seed: int = 0,
@@ -50,6 +55,10 @@ def calibrate(
         metric: ``"accuracy"``, ``"loss"``, ``"kl"`` or ``callable(outputs, batch) -> float tensor``; by default
             accuracy where there are labels and kl where there are none.
         mean: variant of the replacement that is scored, see :mod:`vmeanba_fx.passes.mean_scan`.
+        reduce: ``"mean"``, the paper's block, or ``"rank"``: scans of ``rank`` channels per direction with projections
+            fitted to the data, see :mod:`vmeanba_fx.passes.rank_scan`. One more pass over the loader.
+        rank: channels per direction (4), or ``"auto"``: the least of 1, 2, 4, 8, 16 that explains ``energy`` of a scan.
+        energy: share of the scan's energy for ``rank="auto"`` (0.9).
         transform_fn: maps a batch of the loader to ``(inputs, labels)``.
         max_batches: stop after so many batches.
         seed: seeds torch's generators while the loader runs, so that a shuffling loader gives the same data again.
@@ -66,14 +75,17 @@ def calibrate(
         PlanError: ``resume`` holds the state of another run.
     """
     check_mean(mean)
+    reduction = Reduction.of(reduce, rank, energy)
     if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
         raise CalibrationError(f"max_batches={max_batches!r}: give a whole number of at least 1, or None for all")
     with seeded(seed):
         batches = Batches(loader, transform_fn, max_batches, seed)
         gm = capture(model, batches.first.args, batches.first.kwargs, dynamic_size=dynamic_size)
         sites = find_sites(gm)
+        if reduction.kind == "rank":
+            sites = reachable(gm, sites)
         chosen = resolve_metric(metric, batches.first.labels is not None)
-        options = {"mean": mean, "metric": chosen.name, "dynamic_size": dynamic_size}
+        options = {"mean": mean, "metric": chosen.name, "dynamic_size": dynamic_size} | reduction.options()
         plan = Plan(
             sites=list(sites),
             refused=list(sites.refused),
@@ -86,14 +98,19 @@ def calibrate(
             samples=0,
             fingerprint=Fingerprint.of(gm, seed=seed, options=options),
             inputs=describe_inputs(batches.first),
+            reduction=reduction,
             graph=gm,
+            data=batches,
         )
         if before_scoring is not None:
             before_scoring(plan)
         if not score_sites:
             return plan
+        if reduction.kind == "rank":
+            plan.fits.update(fit_sites(gm, sites, batches, reduction))
+            batches = batches.unread()
         saved = Saved(resume, plan.fingerprint)
-        runner = Runner(gm, sites, chosen, Replacer(gm, sites, mean))
+        runner = Runner(gm, sites, chosen, Replacer(gm, sites, mean, plan.fits))
         total = batches.expected()
         bar = tqdm(
             total=None if total is None else total * len(sites), desc=f"scoring {len(sites)} sites",

@@ -21,6 +21,8 @@ from .fitting import Sums, refit_linear
 from .graph import SITE, scan_nodes
 from .passes.refit import Readout, find_readout, refit
 
+REFIT = "vmeanba_fx.refit"
+"""``gm.meta`` key of a list of :class:`Refitted`."""
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _ROWS_BUDGET = 1 << 23  # float64 numbers of rows at a time
 
@@ -33,6 +35,11 @@ class Refitted:
     layer: str = ""
     left: float = 1.0
     refused: str = ""
+
+    def __str__(self) -> str:
+        if self.refused:
+            return f"{self.site}: not refitted, {self.refused}"
+        return f"{self.site}: {self.layer} refitted, {self.left:.0%} of its squared error is left"
 
 
 def readouts(original: fx.GraphModule, sites: Iterable[str]) -> list[tuple[str, Readout | str]]:
@@ -48,8 +55,11 @@ def readouts(original: fx.GraphModule, sites: Iterable[str]) -> list[tuple[str, 
 
 def refit_sites(
     gm: fx.GraphModule, original: fx.GraphModule, sites: Iterable[str], data: Batches, *, stream: bool = True
-) -> list[Refitted]:
-    """Refit ``gm``, a copy of ``original`` with ``sites`` replaced, in place. Sites that share a layer are refitted once."""
+) -> fx.GraphModule:
+    """Refit ``gm``, a copy of ``original`` with ``sites`` replaced, in place, and return it.
+
+    Sites that share a layer are refitted once. ``gm.meta[REFIT]`` lists what was done.
+    """
     done: list[Refitted] = []
     layers: set[str] = set()
     for site, readout in readouts(original, sites):
@@ -58,7 +68,8 @@ def refit_sites(
         elif readout.layer.name not in layers:
             layers.add(readout.layer.name)
             done.append(Refitted(site, readout.layer.name, refit_layer(gm, original, readout, data, stream=stream)))
-    return done
+    gm.meta[REFIT] = done
+    return gm
 
 
 def refit_layer(

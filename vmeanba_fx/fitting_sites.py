@@ -8,7 +8,7 @@ Sites whose sums exceed ``SUMS_BUDGET`` together are fitted in several passes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from . import ops
 from .batches import Batches
 from .cross_scan import find_cross_scan, find_merge
-from .errors import CalibrationError, SiteError
+from .errors import CalibrationError, NoSitesError, SiteError
 from .evaluate import Unprovable
 from .execute import Executor
 from .fitting import Layout, LowRank, Sums, auto_rank, fit_low_rank
@@ -25,28 +25,18 @@ from .graph import SITE, scan_nodes, value
 from .ops.directions import inverse_table
 from .passes.mean_scan import group_shape, scan_arguments
 from .passes.rank_scan import RankFit, call, shared_step
-from .sites import Site, skip_product
+from .reduction import Reduction
+from .sites import Site, SiteList, skip_product
 
 SUMS_BUDGET = 1 << 30  # bytes
 _ROWS_BUDGET = 1 << 24  # float64 numbers of rows at a time
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """``kind`` "mean" or "rank"; ``rank`` a number or "auto", then the least rank that explains ``energy`` of a scan."""
-
-    kind: str = "mean"
-    rank: int | str = 4
-    energy: float = 0.9
 
 
 class _SiteRows:
     """Turns what a scan node reads and gives into rows of :class:`vmeanba_fx.fitting.Layout`."""
 
     def __init__(self, gm: fx.GraphModule, site: Site) -> None:
-        owner, self.scan = next((o, n) for o, n in scan_nodes(gm) if n.meta[SITE] == site.name)
-        if owner is not gm:
-            raise SiteError(f"{site.name}: reduce='rank' does not reach into autocast and checkpoint regions")
+        self.scan = next(n for _, n in scan_nodes(gm) if n.meta[SITE] == site.name)
         self.site = site
         self.args = scan_arguments(self.scan)
         self.groups, self.channels = group_shape(value(self.args["u"]), value(self.args["B"]))
@@ -74,7 +64,7 @@ class _SiteRows:
     def sums(self, device: torch.device) -> Sums:
         return Sums(self.heads, self.layout.width, device)
 
-    def add(self, sums: Sums, env: Mapping[fx.Node, Any], batch_index: int) -> None:
+    def add(self, sums: Sums, batch_index: int, env: Mapping[fx.Node, Any]) -> None:
         given = {k: env[v] if isinstance(v, fx.Node) else v for k, v in self.args.items()}
         y = env[self.scan]
         items = y.shape[0]
@@ -131,13 +121,27 @@ class _SiteRows:
         return RankFit(W, V, skip if self.skip else None, bias, energy, rows)
 
 
+def reachable(gm: fx.GraphModule, sites: SiteList) -> SiteList:
+    """The sites that a rank-r scan can replace; the others are refused.
+
+    Raises:
+        NoSitesError: there is none.
+    """
+    inside = {node.meta[SITE] for owner, node in scan_nodes(gm) if owner is not gm}
+    why = "it lies inside an autocast or checkpoint region, where reduce='rank' does not reach"
+    found = SiteList([s for s in sites if s.name not in inside], [*sites.refused, *((n, why) for n in sorted(inside))])
+    if not found:
+        raise NoSitesError(f"no scan can be replaced by a rank-r scan: {why}")
+    return found
+
+
 def fit_sites(
     gm: fx.GraphModule, sites: Iterable[Site], data: Batches, reduction: Reduction
 ) -> dict[str, RankFit]:
     """Fits of ``sites`` on the activations of ``gm`` itself, each as if it alone were replaced.
 
     Raises:
-        SiteError: a site that a rank-r scan cannot replace, or a rank above a site's channels.
+        SiteError: a rank above a site's channels.
         CalibrationError: the loader is empty, or a scan's values are not finite.
     """
     rows = [_SiteRows(gm, site) for site in sites]
@@ -147,7 +151,7 @@ def fit_sites(
         sums = {r: r.sums(executor.device) for r in some}
         for index, batch in enumerate(data.sweep()):
             batch = batch.to(executor.device)
-            readers = {r.scan: (lambda env, r=r: r.add(sums[r], env, index)) for r in some}
+            readers = {r.scan: partial(r.add, sums[r], index) for r in some}
             with torch.no_grad():
                 executor.visit(readers, *batch.args, **batch.kwargs)
         for r in some:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,30 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from .batches import Batches
 from .capture import capture, capture_info, is_captured
 from .choice import Choice
 from .errors import PlanError
 from .files import read_json, write_atomically
 from .fingerprint import Fingerprint
+from .fitting import AUTO_RANKS
+from .fitting_refit import REFIT, refit_sites
+from .fitting_sites import fit_sites
 from .graph import SITE, copy_graph, scan_nodes
-from .passes import Pass, channels_last, cleanup, drop_annihilated, fuse_ss2d, mean_scan, merge_skips, run_passes
+from .passes import (
+    Pass,
+    RankFit,
+    channels_last,
+    cleanup,
+    drop_annihilated,
+    fuse_ss2d,
+    mean_scan,
+    merge_skips,
+    rank_scan,
+    run_passes,
+)
 from .passes.mean_scan import Mean, check_mean
+from .reduction import Reduction
 from .report import Report, attach_report, site_table
 from .sites import Site
 
@@ -51,7 +67,10 @@ class Plan:
     samples: int
     fingerprint: Fingerprint
     inputs: list[dict[str, Any]] = field(default_factory=list)
+    reduction: Reduction = field(default_factory=Reduction)
     graph: fx.GraphModule | None = field(default=None, repr=False, compare=False)
+    data: Batches | None = field(default=None, repr=False, compare=False)
+    fits: dict[str, RankFit] = field(default_factory=dict, repr=False, compare=False)
 
     # -- scores and choice ------------------------------------------------------------------------------------------
 
@@ -90,6 +109,14 @@ class Plan:
         """
         return Choice(k, max_drop, sites, exclude).names(self)
 
+    def flops_replaced(self, site: Site, cleaned: bool = True) -> int:
+        """Operations of the replaced site; ``cleaned``: the exact passes remove what a LayerNorm absorbs."""
+        if self.reduction.kind == "mean":
+            return (site if cleaned else replace(site, annihilated=False)).flops_replaced()
+        fit = self.fits.get(site.name)
+        rank = fit.rank if fit is not None else self.reduction.rank
+        return site.flops_rank(rank if isinstance(rank, int) else min(AUTO_RANKS[-1], site.channels))
+
     def check_choice(self, k: int | None = None, **choice: Any) -> None:
         """Raise what :meth:`choose` raises for a choice that cannot be made; needs no scores."""
         Choice(k, **choice).check(self)
@@ -103,7 +130,9 @@ class Plan:
         max_drop: float | None = None,
         sites: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] = (),
+        refit: bool = False,
         model: nn.Module | None = None,
+        calib_loader: Iterable[Any] | None = None,
         skip_passes: Iterable[str] = (),
         verify: bool = False,
         dump: str | os.PathLike[str] | None = None,
@@ -111,36 +140,58 @@ class Plan:
         """A new ``GraphModule`` with the chosen sites replaced (see :meth:`choose`). Plan and model stay as they are.
 
         Args:
+            refit: give the layer that reads each replaced site out new weights, fitted to the original model's outputs
+                on the calibration data (see :mod:`vmeanba_fx.passes.refit`); no cost at run time.
             model: where the plan was loaded from a file, the model to rewrite. Its graph and weights must be those
                 the plan was made from.
+            calib_loader: calibration batches for ``refit`` and for ``reduce="rank"``, where the plan was loaded from a
+                file (it keeps the scores, not the data and fits) or other data are wanted.
             skip_passes: names of passes to leave out, for instance ``"drop_annihilated"`` to keep the literal block.
             verify: run every exact pass before and after on the captured inputs and name the one that moved an output.
             dump: folder for the readable graph after each pass.
 
         Raises:
             SiteError: see :meth:`choose`.
-            PlanError: no model is at hand, or it is not the one of this plan.
+            PlanError: no model is at hand, or it is not the one of this plan; or no data are, where they are needed.
         """
         chosen = self.choose(k, max_drop=max_drop, sites=sites, exclude=exclude)
         gm = self._graph_for(model)
         info = capture_info(gm)
-        passes = self._passes(chosen)
+        lossy = self._lossy(gm, chosen, refit, calib_loader)
+        exact = (drop_annihilated, merge_skips, fuse_ss2d, channels_last, cleanup)
+        passes = [*lossy, *(Pass(run.__name__, run, exact=True) for run in exact)]
         device = next((t.device for t in (*gm.parameters(), *gm.buffers())), torch.device("cpu"))
         args = pytree.tree_map_only(Tensor, lambda t: t.to(device), (info.args, info.kwargs)) if verify else None
         gm, records = run_passes(gm, passes, skip=skip_passes, verify_args=args, dump=dump)
-        attach_report(gm, Report.of(self, chosen, records))
+        attach_report(gm, Report.of(self, chosen, records, gm.meta.pop(REFIT, ())))
         return gm
 
-    def _passes(self, chosen: list[str]) -> list[Pass]:
-        lossy = [Pass("mean_scan", partial(mean_scan, sites=chosen, mean=self.mean), exact=False)] if chosen else []
-        exact = {
-            "drop_annihilated": drop_annihilated,
-            "merge_skips": merge_skips,
-            "fuse_ss2d": fuse_ss2d,
-            "channels_last": channels_last,
-            "cleanup": cleanup,
-        }
-        return [*lossy, *(Pass(name, run, exact=True) for name, run in exact.items())]
+    def _lossy(
+        self, gm: fx.GraphModule, chosen: list[str], refit: bool, loader: Iterable[Any] | None
+    ) -> list[Pass]:
+        """The steps that rewrite the chosen sites; what they need of the calibration data is computed here and there."""
+        if not chosen:
+            return []
+        data = self.data if loader is None else Batches(loader, None, None, self.fingerprint.seed)
+        ranked = self.reduction.kind == "rank"
+        if data is None and (refit or ranked):
+            raise PlanError(
+                f"{'refit=True' if refit else 'reduce=rank'} is fitted to calibration data, which a plan loaded from a "
+                "file does not hold: plan.apply(..., calib_loader=loader)"
+            )
+        steps = [Pass("mean_scan", partial(mean_scan, sites=chosen, mean=self.mean), exact=False)]
+        if ranked:
+            fits = self.fits if loader is None else {}
+            missing = [s for s in self.sites if s.name in chosen and s.name not in fits]
+            fits.update(fit_sites(gm, missing, data, self.reduction))
+            self.fits = self.fits | fits
+            steps = [Pass("rank_scan", partial(rank_scan, fits={name: fits[name] for name in chosen}), exact=False)]
+        if refit:
+            original = copy_graph(gm)
+            steps.append(
+                Pass("refit", partial(refit_sites, original=original, sites=chosen, data=data), exact=False)
+            )
+        return steps
 
     def _graph_for(self, model: nn.Module | None) -> fx.GraphModule:
         if model is None:
@@ -194,7 +245,7 @@ class Plan:
             "tiebreaks": self.tiebreaks, "sites": [s.to_dict() for s in self.sites],
             "refused": [list(r) for r in self.refused], "inputs": self.inputs,
             "fingerprint": self.fingerprint.to_dict(),
-        }  # fmt: skip
+        } | ({} if self.reduction.kind == "mean" else {"reduction": self.reduction.to_dict()})  # fmt: skip
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; the file is complete or not there at all."""
@@ -237,6 +288,7 @@ class Plan:
             sites, refused, _typed(d, "metric", str), _typed(d, "higher_is_better", bool), d["mean"],
             None if base is None else float(base), scores, ties, _typed(d, "samples", int),
             Fingerprint.from_dict(d["fingerprint"]), inputs,
+            Reduction.from_dict(d["reduction"]) if "reduction" in d else Reduction(),
         )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import fx
@@ -11,6 +11,7 @@ from .errors import CalibrationError
 from .execute import Computed
 from .graph import SITE, copy_graph, graph_modules, read_attribute, scan_nodes
 from .passes.mean_scan import Mean, mean_scan, mean_scan_tensors, scan_arguments
+from .passes.rank_scan import RankFit, rank_scan_tensors
 from .sites import Site
 
 
@@ -34,10 +35,13 @@ class Point:
 
 
 class Replacer:
-    """Overrides for :meth:`Executor.rerun` that replace sites, given by index."""
+    """Overrides for :meth:`Executor.rerun` that replace sites, given by index: by their rank-r fits where there are any."""
 
-    def __init__(self, gm: fx.GraphModule, sites: Sequence[Site], mean: Mean) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, sites: Sequence[Site], mean: Mean, fits: Mapping[str, RankFit] | None = None
+    ) -> None:
         self.mean = mean
+        self.fits = fits or {}
         self.points = [Point(gm, site) for site in sites]
         self._patched: dict[tuple[fx.Node, tuple[str, ...]], fx.GraphModule] = {}
 
@@ -65,4 +69,5 @@ class Replacer:
 
     def _replacement(self, scan: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
         args = {k: value(v) if isinstance(v, fx.Node) else v for k, v in scan_arguments(scan).items()}
-        return mean_scan_tensors(self.mean, **args)
+        fit = self.fits.get(scan.meta[SITE])
+        return mean_scan_tensors(self.mean, **args) if fit is None else rank_scan_tensors(fit, **args)

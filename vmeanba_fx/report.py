@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ _META = "vmeanba_fx.report"
 class Report:
     """``chosen``: names of the replaced sites. ``table``: all sites as printed. ``passes``: what each pass changed.
 
+    ``ranks``: channels per direction of the replaced sites, with ``reduce="rank"``. ``refitted``: one sentence per layer.
     ``flops_before``/``flops_after``: operations of all scans at batch 1, as the paper's authors count them.
     """
 
@@ -35,42 +37,46 @@ class Report:
     flops_after: int
     passes: tuple[PassRecord, ...]
     table: str = field(repr=False)
+    ranks: dict[str, int] = field(default_factory=dict)
+    refitted: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, plan: Plan, chosen: list[str], records: list[PassRecord]) -> Report:
+    def of(cls, plan: Plan, chosen: list[str], records: list[PassRecord], refitted: Iterable[object] = ()) -> Report:
         impacts = {s.name: plan.impact(i) for i, s in enumerate(plan.sites)} if plan.scores else {}
         # The literal block keeps its scan unless the exact pass removed it.
         cleaned = any(r.name == "drop_annihilated" for r in records)
-        after = sum(
-            s.flops() if s.name not in chosen else (s if cleaned else _as_live(s)).flops_replaced() for s in plan.sites
-        )
+        after = sum(s.flops() if s.name not in chosen else plan.flops_replaced(s, cleaned) for s in plan.sites)
         before = sum(s.flops() for s in plan.sites)
         return cls(
-            tuple(chosen), plan.metric, plan.base, impacts, plan.mean, before, after, tuple(records), plan.table(chosen)
+            tuple(chosen), plan.metric, plan.base, impacts, plan.mean, before, after, tuple(records), plan.table(chosen),
+            {name: plan.fits[name].rank for name in chosen if name in plan.fits}, tuple(map(str, refitted)),
         )  # fmt: skip
+
+    @property
+    def how(self) -> str:
+        """The replacement in words."""
+        if not self.ranks:
+            return f"mean={self.mean!r}"
+        ranks = sorted(set(self.ranks.values()))
+        return f"rank {ranks[0]}" if len(ranks) == 1 else f"rank {ranks[0]} to {ranks[-1]}"
 
     def __str__(self) -> str:
         total = len(self.chosen)
         lines = [
             self.table,
-            f"{total} site{'s' if total != 1 else ''} replaced (lossy, mean={self.mean!r}); "
+            f"{total} site{'s' if total != 1 else ''} replaced (lossy, {self.how}); "
             f"scan FLOPs {self.flops_before:,} -> {self.flops_after:,} per image",
             *map(str, self.passes),
+            *self.refitted,
         ]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "chosen": list(self.chosen), "metric": self.metric, "base": self.base, "impacts": self.impacts,
-            "mean": self.mean, "flops_before": self.flops_before, "flops_after": self.flops_after,
+            "mean": self.mean, "ranks": self.ranks, "refitted": list(self.refitted), "flops_before": self.flops_before, "flops_after": self.flops_after,
             "passes": [p.to_dict() for p in self.passes],
         }  # fmt: skip
-
-
-def _as_live(site: Any) -> Any:
-    from dataclasses import replace
-
-    return replace(site, annihilated=False)
 
 
 def report(gm: fx.GraphModule) -> Report:
@@ -97,7 +103,7 @@ def site_table(plan: Plan, chosen: set[str]) -> str:
         impact = f"{plan.impact(i):+.5f}" if plan.scores else "-"
         rows.append(
             [s.name, s.groups, s.channels, s.state, s.length, s.kind, impact, ranks.get(i, "-"),
-             f"{s.flops() / 1e6:.3g}", f"{s.flops_replaced() / 1e6:.3g}", "replaced" if s.name in chosen else ""]
+             f"{s.flops() / 1e6:.3g}", f"{plan.flops_replaced(s) / 1e6:.3g}", "replaced" if s.name in chosen else ""]
         )  # fmt: skip
     head = ["site", "K", "D", "N", "L", "kind", f"impact ({plan.metric})", "rank", "MFLOPs", "after", "chosen"]
     return tabulate(

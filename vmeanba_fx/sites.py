@@ -58,6 +58,12 @@ class Site:
             return skip
         return width * self.state + 10 * batch * self.groups * self.length * self.state + skip
 
+    def flops_rank(self, rank: int, batch: int = 1) -> int:
+        """The same with ``rank`` channels per direction: their scan, and 2*B*L*D*r for each of the two projections."""
+        positions = self.groups * self.length * batch
+        skip = positions * self.channels if self.skip else 0
+        return positions * rank * (9 * self.state + 4 * self.channels) + skip
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
