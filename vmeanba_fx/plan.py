@@ -157,24 +157,28 @@ class Plan:
         chosen = self.choose(k, max_drop=max_drop, sites=sites, exclude=exclude)
         gm = self._graph_for(model)
         info = capture_info(gm)
-        lossy = self._lossy(gm, chosen, refit, calib_loader)
-        exact = (drop_annihilated, merge_skips, fuse_ss2d, channels_last, cleanup)
-        passes = [*lossy, *(Pass(run.__name__, run, exact=True) for run in exact)]
+        passes = self._passes(chosen)
+        if chosen and (refit or self.reduction.kind == "rank"):
+            exact = [step for step in passes if step.name != "mean_scan"]
+            passes = [*self._fitted(gm, chosen, refit, calib_loader), *exact]
         device = next((t.device for t in (*gm.parameters(), *gm.buffers())), torch.device("cpu"))
         args = pytree.tree_map_only(Tensor, lambda t: t.to(device), (info.args, info.kwargs)) if verify else None
         gm, records = run_passes(gm, passes, skip=skip_passes, verify_args=args, dump=dump)
         attach_report(gm, Report.of(self, chosen, records, gm.meta.pop(REFIT, ())))
         return gm
 
-    def _lossy(
+    def _passes(self, chosen: list[str]) -> list[Pass]:
+        lossy = [Pass("mean_scan", partial(mean_scan, sites=chosen, mean=self.mean), exact=False)] if chosen else []
+        exact = (drop_annihilated, merge_skips, fuse_ss2d, channels_last, cleanup)
+        return [*lossy, *(Pass(run.__name__, run, exact=True) for run in exact)]
+
+    def _fitted(
         self, gm: fx.GraphModule, chosen: list[str], refit: bool, loader: Iterable[Any] | None
     ) -> list[Pass]:
-        """The steps that rewrite the chosen sites; what they need of the calibration data is computed here and there."""
-        if not chosen:
-            return []
+        """The lossy steps that need calibration data."""
         data = self.data if loader is None else Batches(loader, None, None, self.fingerprint.seed)
         ranked = self.reduction.kind == "rank"
-        if data is None and (refit or ranked):
+        if data is None:
             raise PlanError(
                 f"{'refit=True' if refit else 'reduce=rank'} is fitted to calibration data, which a plan loaded from a "
                 "file does not hold: plan.apply(..., calib_loader=loader)"
@@ -183,14 +187,11 @@ class Plan:
         if ranked:
             fits = self.fits if loader is None else {}
             missing = [s for s in self.sites if s.name in chosen and s.name not in fits]
-            fits.update(fit_sites(gm, missing, data, self.reduction))
-            self.fits = self.fits | fits
+            self.fits = fits = fits | fit_sites(gm, missing, data, self.reduction)
             steps = [Pass("rank_scan", partial(rank_scan, fits={name: fits[name] for name in chosen}), exact=False)]
         if refit:
-            original = copy_graph(gm)
-            steps.append(
-                Pass("refit", partial(refit_sites, original=original, sites=chosen, data=data), exact=False)
-            )
+            run = partial(refit_sites, original=copy_graph(gm), sites=chosen, data=data)
+            steps.append(Pass("refit", run, exact=False))
         return steps
 
     def _graph_for(self, model: nn.Module | None) -> fx.GraphModule:

@@ -74,7 +74,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         return {
             "chosen": list(self.chosen), "metric": self.metric, "base": self.base, "impacts": self.impacts,
-            "mean": self.mean, "ranks": self.ranks, "refitted": list(self.refitted), "flops_before": self.flops_before, "flops_after": self.flops_after,
+            "mean": self.mean, "ranks": self.ranks, "refitted": list(self.refitted),
+            "flops_before": self.flops_before, "flops_after": self.flops_after,
             "passes": [p.to_dict() for p in self.passes],
         }  # fmt: skip
 
