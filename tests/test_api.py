@@ -158,7 +158,7 @@ def python(code):
 
 
 def test_import_takes_nothing_it_does_not_need():
-    heavy = ("cupy", "matplotlib", "sklearn", "triton", "torchvision", "pandas", "timm", "mamba_ssm")
+    heavy = ("cupy", "matplotlib", "sklearn", "triton", "torchvision", "pandas", "timm", "mamba_ssm", "numba", "llvmlite")
     found = python(
         "import sys, torch; before = set(sys.modules); import vmeanba_fx, vmeanba_fx.models; new = set(sys.modules) - before; "
         f"print(sorted(n for n in new if n.split('.')[0] in {heavy}), torch.cuda.is_initialized())"

@@ -6,10 +6,10 @@ Both work through the batch in blocks, so that the K copies of the map that the 
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, cpu_jit
 from .cpu import compute_dtype
 from .directions import inverse_table
-from .library import LIBRARY
+from .library import LIBRARY, empty_map
 from .tiles import blocks
 
 _ops = torch.ops.vmeanba_fx
@@ -111,10 +111,13 @@ def shared_scan2d_backward(grad, u, delta, A, B, C, delta_bias, directions, orde
 def ss2d(x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplus, out_dtype=None):
     """x (B, D, H, W); feats (B, K, R + 2N, H, W); dt_weight (K, D, R); A (K*D, N). Returns (B, D, H, W)."""
     checks.check_ss2d(x, feats, dt_weight, A, D, delta_bias, directions, order, out_dtype)
+    out = empty_map(x, out_dtype or x.dtype)
+    if cpu_jit.usable(x, feats, dt_weight, A, D, delta_bias):
+        cpu_jit.ss2d(x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplus, out)
+        return out
     batch, channels, height, width = x.shape
     dtype = compute_dtype(x)
     scan_order = ScanOrder(directions, order, height, width)
-    out = torch.empty(x.shape, dtype=out_dtype or x.dtype, device=x.device)
     for now in _batch_blocks(batch, feats.shape[1] * channels * height * width):
         scan_inputs, _ = _ss2d_inputs(x[now], feats[now], dt_weight, A, scan_order)
         y = _ops.selective_scan.default(*scan_inputs, None, None, delta_bias, delta_softplus, dtype)

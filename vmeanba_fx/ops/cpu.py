@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks
+from . import checks, cpu_jit
 from .library import LIBRARY
 from .recurrence import scan_rows, scan_wide_
 from .tiles import blocks, tiles
@@ -42,6 +42,8 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, out_dtype=None):
     """u, delta, z (B, K*D, L); A (K*D, N); B, C (B, K, N, L); D, delta_bias (K*D,). Returns (B, K*D, L)."""
     checks.check_selective_scan(u, delta, A, B, C, D, z, delta_bias, out_dtype)
+    if cpu_jit.usable(u, delta, A, B, C, D, z, delta_bias):
+        return cpu_jit.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype or u.dtype)
     K = B.shape[1]
 
     def grouped(tensor: Tensor | None, dim: int) -> Tensor | None:
@@ -56,6 +58,8 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
 def linear_scan(a, b, C):
     """a, C (B, K, N, L); b (B, K, R, N, L). Returns (B, K, R, L)."""
     checks.check_linear_scan(a, b, C)
+    if cpu_jit.usable(a, b, C):
+        return cpu_jit.linear_scan(a, b, C)
     dtype = compute_dtype(a)
     out = torch.empty(*b.shape[:3], b.shape[4], dtype=a.dtype, device=a.device)
     for item, group, channel in tiles(*b.shape[:3], b.shape[3] * b.shape[4], _ROWS_BUDGET):
@@ -67,6 +71,8 @@ def linear_scan(a, b, C):
 def shared_scan(u, delta, A, B, C, delta_bias=None, delta_softplus=False, out_dtype=None):
     """u (B, K, R, L); delta (B, K, L); A (K, N); B, C (B, K, N, L); delta_bias (K,). Returns (B, K, R, L)."""
     checks.check_shared_scan(u, delta, A, B, C, delta_bias, out_dtype)
+    if cpu_jit.usable(u, delta, A, B, C, delta_bias):
+        return cpu_jit.shared_scan(u, delta, A, B, C, delta_bias, delta_softplus, out_dtype or u.dtype)
     out = torch.empty(u.shape, dtype=out_dtype or u.dtype, device=u.device)
     bias = None if delta_bias is None else delta_bias[:, None]
     _scan(u, delta[:, :, None], A[:, None], B, C, bias, delta_softplus, None, None, out)

@@ -52,6 +52,11 @@ for _schema in SCHEMAS:
     LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
+def empty_map(x, dtype):
+    """The output of `ss2d`: on the CPU it lies in memory as `x` does (its kernel likes channels-last), else contiguous."""
+    return torch.empty_like(x, dtype=dtype) if x.device.type == "cpu" else x.new_empty(x.shape, dtype=dtype)
+
+
 def _fake(name: str):
     return torch.library.register_fake(f"{NAMESPACE}::{name}", lib=LIBRARY)
 
@@ -90,7 +95,7 @@ def _(u, delta, A, B, C, delta_bias, directions, order, delta_softplus, merge, o
 @_fake("ss2d")
 def _(x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplus, out_dtype=None):
     checks.check_ss2d(x, feats, dt_weight, A, D, delta_bias, directions, order, out_dtype)
-    return x.new_empty(x.shape, dtype=out_dtype or x.dtype)
+    return empty_map(x, out_dtype or x.dtype)
 
 
 @_fake("broadcast_add")

@@ -1,0 +1,178 @@
+"""The compiled CPU kernels and the PyTorch code that does the same without Numba."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from tests.ops import problems
+from vmeanba_fx import ops
+from vmeanba_fx.ops import cpu_jit, naive
+
+CALLS = {
+    "selective_scan": problems.selective_scan,
+    "linear_scan": problems.linear_scan,
+    "shared_scan": problems.shared_scan,
+}
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "2"}
+
+
+def need_numba():
+    pytest.importorskip("numba")
+
+
+@pytest.fixture(params=["numba", "torch"])
+def implementation(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(cpu_jit, "_kernels", lambda: None)
+    else:
+        need_numba()
+
+
+def check(name: str, arguments: dict, limit: float = 2e-6):
+    out = getattr(ops, name)(**arguments)
+    expected = getattr(naive, name)(**problems.doubled(arguments))
+    error = (out.double() - expected).abs().max() / expected.abs().max()
+    assert error <= limit, f"relative error {error:.1e}"
+    return out
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("length", [1, 7, 1000])
+@pytest.mark.parametrize("channels, states", [(1, 1), (3, 16), (17, 2), (40, 3)])
+def test_sizes(name, length, channels, states, implementation):
+    arguments = CALLS[name](2, 2, channels, states, length, torch.float32)
+    check(name, arguments)
+    check(name, problems.strided(arguments))
+
+
+@pytest.mark.parametrize("channels, rank, states", [(1, 1, 1), (3, 17, 16), (33, 6, 2)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (8, 5), (40, 25)], ids=str)
+@pytest.mark.parametrize("directions", [[0, 1, 2, 3], [7, 4], 3], ids=str)
+def test_ss2d_sizes(channels, rank, states, size, directions, implementation):
+    arguments = problems.ss2d(2, directions, channels, rank, states, *size, torch.float32)
+    check("ss2d", arguments)
+    check("ss2d", problems.strided(arguments))
+    arguments["x"] = arguments["x"].contiguous(memory_format=torch.channels_last)
+    assert check("ss2d", arguments).stride() == torch.empty_like(arguments["x"]).stride()
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 4e-3), (torch.float16, 5e-4)])
+def test_half_precision(dtype, limit, implementation):
+    """Only the inputs and the output are rounded."""
+    check("selective_scan", problems.selective_scan(2, 2, 17, 3, 100, dtype), limit)
+    check("linear_scan", problems.linear_scan(2, 2, 3, 3, 100, dtype), limit)
+    check("shared_scan", problems.shared_scan(2, 2, 3, 3, 100, dtype), limit)
+    check("ss2d", problems.ss2d(2, [0, 1, 2, 3], 17, 3, 2, 9, 7, dtype), limit)
+
+
+def large() -> dict[str, dict]:
+    """Enough work for several threads."""
+    return {
+        "selective_scan": problems.selective_scan(2, 2, 40, 4, 300, torch.float32),
+        "linear_scan": problems.linear_scan(2, 4, 3, 16, 300, torch.float32),
+        "shared_scan": problems.shared_scan(2, 4, 3, 16, 300, torch.float32),
+        "ss2d": problems.ss2d(2, [0, 1, 2, 3], 40, 3, 2, 20, 20, torch.float32),
+    }
+
+
+@pytest.mark.parametrize("pool", [False, True], ids=["OpenMP", "pool"])
+def test_threads(pool, monkeypatch):
+    """One thread and two, PyTorch's or our own, and several callers at once: bit for bit the same."""
+    need_numba()
+    arguments = large()
+    assert all(cpu_jit.usable(*(x for x in a.values() if torch.is_tensor(x))) for a in arguments.values())
+    expected = {name: getattr(ops, name)(**a) for name, a in arguments.items()}
+    if pool:
+        monkeypatch.setattr(cpu_jit, "_openmp", lambda: None)
+
+    def run(_) -> bool:
+        torch.set_num_threads(2)
+        return all(torch.equal(getattr(ops, name)(**a), expected[name]) for name, a in arguments.items())
+
+    assert run(0)
+    with ThreadPoolExecutor(4) as callers:
+        assert all(callers.map(run, range(40)))
+    torch.set_num_threads(1)
+
+
+def test_not_finite_inputs_show(implementation):
+    """Calibration reports outputs that are not finite, so they must not be hidden."""
+    for value in (float("nan"), float("inf")):
+        for name in ("u", "delta", "z", "A"):
+            arguments = problems.selective_scan(1, 1, 20, 2, 40, torch.float32)
+            index = (0, 3, 7)[-arguments[name].dim() :] if name != "A" else (3, 1)
+            arguments[name][index] = value
+            assert not ops.selective_scan(**arguments)[0, 3, 7].isfinite()
+
+
+def test_large_and_small_steps(implementation):
+    """softplus and exp over the whole range of float32."""
+    arguments = problems.selective_scan(1, 1, 16, 2, 400, torch.float32, full=False)
+    arguments["delta"] = torch.linspace(-110, 110, 16 * 400).view(1, 16, 400)
+    check("selective_scan", arguments)
+    forgotten = ops.selective_scan(**arguments | {"A": torch.full((16, 2), -1e30)})
+    steps = torch.nn.functional.softplus(arguments["delta"])
+    products = (arguments["B"] * arguments["C"]).sum(2) * arguments["u"] * steps
+    torch.testing.assert_close(forgotten, products, rtol=1e-5, atol=1e-5)
+
+
+def test_order_that_leaves_the_map(implementation):
+    arguments = problems.ss2d(1, 2, 3, 2, 1, 4, 5, torch.float32)
+    for wrong in (-1, 20):
+        order = arguments["order"].clone()
+        order[1, 3] = wrong
+        with pytest.raises(ValueError, match="order must hold positions 0 to 19"):
+            ops.ss2d(**arguments | {"order": order})
+
+
+def in_process(code: str, **environment: str) -> str:
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+RUN = """
+import sys, torch, vmeanba_fx
+from tests.ops import problems, test_cpu_kernels
+from vmeanba_fx import ops
+from vmeanba_fx.ops import cpu_jit
+test_cpu_kernels.check("shared_scan", problems.shared_scan(2, 4, 3, 16, 300, torch.float32))
+"""
+
+
+def test_without_numba():
+    in_process(f"import sys; sys.modules['numba'] = None\n{RUN}\nassert cpu_jit._kernels() is None")
+
+
+def test_nowhere_to_keep_compiled_kernels():
+    need_numba()
+    code = "from numba.core.caching import FunctionCache\nFunctionCache._impl_class._locator_classes = []"
+    in_process(f"{code}\n{RUN}\nassert cpu_jit._kernels() is not None")
+
+
+def test_cache_folder_that_cannot_be_written(tmp_path):
+    need_numba()
+    (tmp_path / "file").touch()
+    in_process(f"{RUN}\nassert cpu_jit._kernels() is not None", NUMBA_CACHE_DIR=str(tmp_path / "file" / "cache"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_in_a_forked_process():
+    """Its parent's threads do not exist there. (Small tensors: PyTorch's operations hang where they would use them.)"""
+    need_numba()
+    code = """
+torch.set_num_threads(2)
+cases = {name: a for name, a in test_cpu_kernels.large().items() if name in ("shared_scan", "ss2d")}
+expected = {name: getattr(ops, name)(**a) for name, a in cases.items()}
+process = __import__("os").fork()
+right = all(torch.equal(getattr(ops, name)(**a), expected[name]) for name, a in cases.items())
+if process == 0:
+    __import__("os")._exit(0 if right else 1)
+assert __import__("os").waitpid(process, 0)[1] == 0 and right
+"""
+    in_process(RUN + code)

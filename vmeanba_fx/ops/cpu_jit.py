@@ -1,0 +1,183 @@
+"""Calls the compiled CPU kernels of `cpu_kernels`, where Numba is installed: which calls they take, memory, and threads.
+
+They compute in float32 (other dtypes are converted, float64 stays with the PyTorch code) and in as many threads as
+PyTorch is set to use. Numba is imported, and a kernel compiled or read from its cache, at the first call that needs it.
+"""
+
+import ctypes
+import os
+from array import array
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .directions import direction_table, inverse_table
+
+# States that a thread should have to work on: handing it less costs more time than it saves.
+_LEAST_WORK = 1 << 15
+
+_pool: ThreadPoolExecutor | None = None
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    """The module of kernels, or None without Numba."""
+    try:
+        from . import cpu_kernels
+    except ImportError:
+        return None
+    return cpu_kernels
+
+
+def usable(*tensors: Tensor | None) -> bool:
+    """Whether the kernels take a call with these tensors: real CPU tensors, no float64, and Numba is there."""
+    for tensor in tensors:
+        if tensor is not None and (
+            tensor.device.type != "cpu" or tensor.dtype == torch.float64 or type(tensor) not in (Tensor, torch.nn.Parameter)
+        ):
+            return False
+    return _kernels() is not None
+
+
+def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype) -> Tensor:
+    """See `ops.selective_scan`."""
+    batch, channels, length = u.shape
+    K, N = B.shape[1:3]
+    out = torch.empty(u.shape, dtype=torch.float32)
+    tensors = u, delta, z, B, C = [_rows(x) for x in (u, delta, z, B, C)]
+    A, D, delta_bias = _decay(A), _rows(D), _rows(delta_bias)
+    arguments = (
+        K, channels // K, N, length, delta_softplus, u, *_strides(u, 2), delta, *_strides(delta, 2), A, B, *_strides(B, 3), C,
+        *_strides(C, 3), D, z, *_strides(z, 2), delta_bias, out,
+    )  # fmt: skip
+    kernels = _kernels()
+    pieces = batch * K * -(-channels // (K * kernels.LANES))
+    _run(kernels.selective_scan, pieces, out.numel() * N, arguments)
+    del tensors
+    return out.to(out_dtype)
+
+
+def shared_scan(u, delta, A, B, C, delta_bias, delta_softplus, out_dtype) -> Tensor:
+    """See `ops.shared_scan`."""
+    batch, K, R, length = u.shape
+    N = A.shape[1]
+    out = torch.empty(u.shape, dtype=torch.float32)
+    u, delta, B, C = (_rows(x) for x in (u, delta, B, C))
+    arguments = (
+        K, R, N, length, delta_softplus, u, *_strides(u, 3), delta, *_strides(delta, 2), _decay(A), B, *_strides(B, 3), C,
+        *_strides(C, 3), _rows(delta_bias), out,
+    )  # fmt: skip
+    _run(_kernels().shared_scan, batch * K, out.numel() * N, arguments)
+    return out.to(out_dtype)
+
+
+def linear_scan(a, b, C) -> Tensor:
+    """See `ops.linear_scan`."""
+    batch, K, R, N, length = b.shape
+    out = torch.empty(batch, K, R, length, dtype=torch.float32)
+    dtype = a.dtype
+    a, b, C = (_rows(x) for x in (a, b, C))
+    arguments = K, R, N, length, a, *_strides(a, 3), b, *_strides(b, 4), C, *_strides(C, 3), out
+    _run(_kernels().linear_scan, batch * K, out.numel() * N, arguments)
+    return out.to(dtype)
+
+
+def ss2d(x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplus, out) -> None:
+    """See `ops.ss2d`; fills `out`."""
+    batch, channels, height, width = x.shape
+    K, R, N, length = feats.shape[1], dt_weight.shape[2], A.shape[1], height * width
+    merged = out.flatten(2).transpose(1, 2)  # (B, L, D)
+    if merged.dtype != torch.float32 or not merged.is_contiguous():
+        merged = torch.empty(batch, length, channels)
+    x, feats = _rows(x.flatten(2).transpose(1, 2)), _rows(feats.flatten(3).transpose(2, 3))
+    if order is None:
+        order = direction_table(directions, height, width)
+    else:
+        order = order.long().contiguous()
+        inverse_table(order)  # raises where a position lies outside of the map: the kernel would read it
+    arguments = (
+        K, channels, R, N, length, delta_softplus, x, *_strides(x, 2), feats, *_strides(feats, 3),
+        dt_weight.float().contiguous(), _decay(A), _rows(D), _rows(delta_bias), order, merged,
+    )  # fmt: skip
+    kernels = _kernels()
+    _run(kernels.ss2d, batch * -(-channels // kernels.LANES), batch * K * channels * length * N, arguments)
+    if not merged.data_ptr() == out.data_ptr():
+        out.copy_(merged.transpose(1, 2).unflatten(2, (height, width)))
+
+
+def _rows(tensor: Tensor | None) -> Tensor | None:
+    """In float32 with the last dim contiguous: the tensor itself, or a copy."""
+    if tensor is None:
+        return None
+    tensor = tensor.float()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _decay(A: Tensor) -> Tensor:
+    """exp(dt A) = exp2(dt (A log2 e))."""
+    return A.float().mul(_kernels().LOG2_E).contiguous()
+
+
+def _strides(tensor: Tensor | None, dims: int) -> list[int]:
+    """The first strides, in bytes."""
+    return [0] * dims if tensor is None else [4 * stride for stride in tensor.stride()[:dims]]
+
+
+def _run(kernel: Callable, pieces: int, states: int, arguments: tuple) -> None:
+    """Call a kernel in as many threads as PyTorch uses, or in this one where there is too little to do."""
+    plain = [x.data_ptr() if isinstance(x, Tensor) else 0 if x is None else int(x) for x in arguments]
+    data = array("q", [0, pieces, *plain])
+    address = data.buffer_info()[0]
+    threads = torch.get_num_threads()
+    function = _kernels().compiled(kernel)
+    if threads == 1 or pieces <= 1 or states < _LEAST_WORK:
+        function(address)
+    elif (parallel := _openmp()) is not None:
+        parallel(function, address, threads, 0)
+    else:
+        _in_pool(function, address, threads)
+
+
+@cache
+def _openmp() -> Callable | None:
+    """`GOMP_parallel(function, data, threads, flags)` of the OpenMP library that PyTorch has loaded.
+
+    Its threads are those PyTorch's own operations run on: they are awake, and do not compete with ours for the cores.
+    """
+    try:
+        parallel = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):  # no such function, or a system on which None is no library
+        return None
+    parallel.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
+    parallel.restype = None
+    return parallel
+
+
+def _in_pool(function: Callable, address: int, threads: int) -> None:
+    global _pool
+    if _pool is None:
+        _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="vmeanba_fx")
+    try:
+        helpers = [_pool.submit(function, address) for _ in range(threads - 1)]
+    except RuntimeError:  # the interpreter is shutting down
+        helpers = []
+    try:
+        function(address)
+    finally:
+        for helper in helpers:
+            if not helper.cancel():
+                helper.result()
+
+
+def _after_fork() -> None:
+    """A forked process has the pools of threads, but not the threads."""
+    global _pool, _openmp
+    _pool, _openmp = None, lambda: None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
