@@ -16,18 +16,20 @@ if importlib.util.find_spec("vmeanba_fx.passes") is None:
     sys.modules["vmeanba_fx.passes"] = _passes
     _spec.loader.exec_module(_passes)
 
-from .api import transform
+from .api import apply_plan, transform
 from .calibrate import calibrate
 from .capture import capture
 from .errors import (
     CalibrationError,
     CaptureError,
+    ExportError,
     GraphCheckError,
     NoSitesError,
     PlanError,
     SiteError,
     VMeanbaError,
 )
+from .export import Exported, Loaded, export, load
 from .families import canonical as _canonical  # noqa: F401  registers the signatures of public code
 from .metrics import Batch
 from .plan import Plan
@@ -40,8 +42,11 @@ __all__ = [
     "Batch",
     "CalibrationError",
     "CaptureError",
+    "ExportError",
+    "Exported",
     "GraphCheckError",
     "GuardError",
+    "Loaded",
     "NoSitesError",
     "Plan",
     "PlanError",
@@ -51,9 +56,12 @@ __all__ = [
     "SiteError",
     "SymbolicTraceError",
     "VMeanbaError",
+    "apply_plan",
     "calibrate",
     "capture",
+    "export",
     "find_sites",
+    "load",
     "register_scan",
     "report",
     "symbolic_trace",

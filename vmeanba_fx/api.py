@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,8 +10,9 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from .calibrate import calibrate
+from .plan import Plan
 
-__all__ = ["transform"]
+__all__ = ["apply_plan", "transform"]
 
 _CHOICE = ("max_drop", "sites", "exclude")
 _APPLY = ("refit", "skip_passes", "verify", "dump")
@@ -51,3 +53,25 @@ def transform(
         **options,
     )
     return plan.apply(k, **choice, **apply_options)
+
+
+def apply_plan(
+    model: nn.Module | fx.GraphModule | ExportedProgram,
+    plan: str | os.PathLike[str] | Plan,
+    k: int | None = None,
+    **options: Any,
+) -> fx.GraphModule:
+    """Replay a plan on a fresh model with the same weights; nothing is scored.
+
+    Args:
+        model: the model the plan was made from, or ``capture(model, example_inputs)`` where its inputs are nested.
+        plan: the file that ``Plan.save`` wrote, or the plan itself.
+        k: how many sites to replace, or another choice, as for :meth:`Plan.apply`.
+        **options: of :meth:`Plan.apply`.
+
+    Raises:
+        PlanError: the file is damaged, or the plan is of another model.
+        SiteError: see :meth:`Plan.choose`.
+    """
+    found = plan if isinstance(plan, Plan) else Plan.load(plan)
+    return found.apply(k, model=model, **options)

@@ -189,17 +189,23 @@ def _plain(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _from_exported(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
-    if not args and not kwargs:
-        args, kwargs = program.example_inputs or ((), {})
     gm = program.module()
     if not scan_nodes(gm) and not any(str(n.target).startswith("vmeanba_fx") for n in gm.graph.nodes):
         raise CaptureError(
             "the ExportedProgram holds no vmeanba_fx op: its scans were traced into other operators; "
             "call vmeanba_fx.capture() on the nn.Module instead, which keeps each scan as one node"
         )
+    return reopened(program, args, kwargs)
+
+
+def reopened(program: ExportedProgram, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> fx.GraphModule:
+    """A program as a captured graph, whether it holds ops of ours or none is left; by default with its own inputs."""
+    if not args and not kwargs:
+        args, kwargs = program.example_inputs or ((), {})
+    gm = program.module()
     tensors = [*gm.parameters(), *gm.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
-    return _finish(_plain(gm), CaptureInfo(tuple(args), dict(kwargs), _dynamic_dims(gm)), device, [])
+    return _finish(_plain(gm), CaptureInfo(tuple(args), dict(kwargs or {}), _dynamic_dims(gm)), device, [])
 
 
 def _finish(gm: fx.GraphModule, info: CaptureInfo, device: torch.device, paths: list[str]) -> fx.GraphModule:

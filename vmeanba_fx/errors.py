@@ -29,3 +29,7 @@ class PlanError(VMeanbaError, ValueError):
 
 class GraphCheckError(VMeanbaError, RuntimeError):
     """A pass left a graph that is not well formed, or that no longer computes the same."""
+
+
+class ExportError(VMeanbaError, RuntimeError):
+    """A model cannot be written in the format asked for, or a file cannot be loaded; nothing was left behind."""

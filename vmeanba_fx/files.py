@@ -27,19 +27,24 @@ def read_json(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
             text = file.read(_MAX_BYTES + 1)
     except OSError as error:
         raise PlanError(f"cannot read {what} {path}: {error.strerror or error}") from None
+    return parse_json(text, f"{what} {path}", what)
+
+
+def parse_json(text: bytes, name: str, what: str) -> dict[str, Any]:
+    """The same from the file's content; ``name`` stands for it in errors."""
     if len(text) > _MAX_BYTES:
-        raise PlanError(f"{what} {path} is larger than {_MAX_BYTES // 2**20} MiB, which no {what} is")
+        raise PlanError(f"{name} is larger than {_MAX_BYTES // 2**20} MiB, which no {what} is")
     depth = 0
     for byte in text.translate(None, _NOT_BRACKETS):
         depth += 1 if byte in b"[{" else -1
         if depth > _MAX_DEPTH:
-            raise PlanError(f"{what} {path} is nested more than {_MAX_DEPTH} deep")
+            raise PlanError(f"{name} is nested more than {_MAX_DEPTH} deep")
     try:
         content = json.loads(text.decode("utf-8"), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise PlanError(f"{what} {path} is damaged: {error}") from None
+        raise PlanError(f"{name} is damaged: {error}") from None
     if not isinstance(content, dict):
-        raise PlanError(f"{what} {path} holds a {type(content).__name__}, not an object")
+        raise PlanError(f"{name} holds a {type(content).__name__}, not an object")
     return content
 
 
@@ -64,7 +69,9 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
         os.replace(name, target)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(name)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"cannot write {target}: {error.strerror}") from None
         raise

@@ -19,7 +19,7 @@ from .batches import Batches
 from .capture import capture, capture_info, is_captured
 from .choice import Choice
 from .errors import PlanError
-from .files import read_json, write_atomically
+from .files import parse_json, read_json, write_atomically
 from .fingerprint import Fingerprint
 from .fitting import AUTO_RANKS
 from .fitting_refit import REFIT, refit_sites
@@ -39,7 +39,7 @@ from .passes import (
 )
 from .passes.mean_scan import Mean, check_mean
 from .reduction import Reduction
-from .report import Report, attach_report, site_table
+from .report import Report, attach_plan, attach_report, site_table
 from .sites import Site
 
 __all__ = ["Plan"]
@@ -165,6 +165,7 @@ class Plan:
         args = pytree.tree_map_only(Tensor, lambda t: t.to(device), (info.args, info.kwargs)) if verify else None
         gm, records = run_passes(gm, passes, skip=skip_passes, verify_args=args, dump=dump)
         attach_report(gm, Report.of(self, chosen, records, gm.meta.pop(REFIT, ())))
+        attach_plan(gm, self.to_dict())
         return gm
 
     def _passes(self, chosen: list[str]) -> list[Pass]:
@@ -259,11 +260,19 @@ class Plan:
         Raises:
             PlanError: the file is missing, damaged, too large, too deep, or not a plan of this version.
         """
-        content = read_json(path, "plan")
+        return cls._checked(read_json(path, "plan"), str(Path(path)))
+
+    @classmethod
+    def loads(cls, text: str, name: str = "the text") -> Plan:
+        """The same from a file's content; ``name`` stands for it in errors."""
+        return cls._checked(parse_json(text.encode(), name, "plan"), name)
+
+    @classmethod
+    def _checked(cls, content: dict[str, Any], name: str) -> Plan:
         try:
             return cls._from_dict(content)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise PlanError(f"{Path(path)} is not a valid plan: {error}") from None
+            raise PlanError(f"{name} is not a valid plan: {error}") from None
 
     @classmethod
     def _from_dict(cls, d: dict[str, Any]) -> Plan:

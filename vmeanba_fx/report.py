@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Report", "report"]
 
 _META = "vmeanba_fx.report"
+_PLAN = "vmeanba_fx.plan"
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,31 @@ class Report:
             "passes": [p.to_dict() for p in self.passes],
         }  # fmt: skip
 
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> Report:
+        """The report of :meth:`to_dict`, with its ``table`` added.
+
+        Raises:
+            ValueError: it is not that of a report.
+        """
+        kinds = {
+            "chosen": list, "metric": str, "base": float | int | None, "impacts": dict, "mean": str, "flops_before": int,
+            "flops_after": int, "passes": list, "table": str,
+        }  # fmt: skip
+        for name, kind in kinds.items():
+            if not isinstance(d.get(name), kind):
+                raise ValueError(f"a report whose {name} is {str(d.get(name))[:80]!r}")
+        try:
+            known = {f.name: d[f.name] for f in fields(cls) if f.name in d}
+            passes = tuple(PassRecord(**record) for record in d["passes"])
+            found = cls(
+                **known | {"chosen": tuple(d["chosen"]), "passes": passes, "refitted": tuple(d.get("refitted", ()))}
+            )
+            str(found)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"a report of unknown form: {error}") from None
+        return found
+
 
 def report(gm: fx.GraphModule) -> Report:
     """The report of a rewritten model.
@@ -94,6 +120,16 @@ def report(gm: fx.GraphModule) -> Report:
 
 def attach_report(gm: fx.GraphModule, found: Report) -> None:
     gm.meta[_META] = found
+
+
+def attach_plan(gm: fx.GraphModule, plan: dict[str, Any]) -> None:
+    """Let ``gm`` carry the plan it was made with, as ``Plan.to_dict`` gives it, for :func:`vmeanba_fx.export`."""
+    gm.meta[_PLAN] = plan
+
+
+def plan_of(gm: fx.GraphModule) -> dict[str, Any] | None:
+    """The plan :func:`attach_plan` left on ``gm``."""
+    return gm.meta.get(_PLAN)
 
 
 def site_table(plan: Plan, chosen: set[str]) -> str:

@@ -103,18 +103,17 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--resume", metavar="FILE", help="keep the state here; a run that was killed goes on from it")
     _device(score, "auto")
 
-    apply_ = command("apply", commands.apply, "Replace sites and write the model as .pt2.", _input, _scoring)
+    apply_ = command("apply", commands.apply, "Replace sites and write the model.", _input, _scoring)
     _source(apply_)
     _choice(apply_, required=True)
     _target(apply_)
 
     export = command(
-        "export", commands.apply, "Write a model as .pt2, unchanged (-k 0) or with a plan applied.", _input, _scoring
+        "export", commands.apply, "Write a model for deployment, unchanged (-k 0) or with a plan applied.", _input, _scoring
     )
     _source(export)
     _choice(export, required=False)
     _target(export)
-    export.add_argument("--format", choices=["pt2"], default="pt2", help="file format (default: pt2)")
 
     timing = command("bench", bench.bench, "Time the model against its rewritten forms, after checking their numbers.")
     bench.add_arguments(timing)
@@ -157,7 +156,9 @@ def _choice(sub: argparse.ArgumentParser, required: bool) -> None:
 
 
 def _target(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--out", required=True, metavar="FILE.pt2", help="where to write the program")
+    sub.add_argument("--out", required=True, metavar="FILE", help="where to write it: FILE.pt2, or FILE.onnx")
+    text = "pt2: torch.export; aoti: AOTInductor, for C++ without Python; onnx (default: pt2)"
+    sub.add_argument("--format", choices=["pt2", "aoti", "onnx"], default="pt2", help=text)
 
 
 def _device(sub: argparse.ArgumentParser, default: str) -> None:

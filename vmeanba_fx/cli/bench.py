@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.utils.benchmark import Timer
 
 from ..calibrate import calibrate
+from ..export import relative_error
 from ..plan import Plan
 from ..report import report
 from ..sites import Site
@@ -30,7 +31,6 @@ from .arguments import CommandError, DataSpec, at_least, build_model
 from .bench_kernels import kernel_rows, kernel_table
 from .bench_profile import block_of, profile_plot, profile_rows, profile_table
 from .commands import Outcome
-from .program import relative_error
 
 _PARTS = ("model", "kernels", "profile")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

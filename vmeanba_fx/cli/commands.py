@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ from torch import nn
 
 from ..calibrate import calibrate
 from ..capture import capture
+from ..export import check_target, export, require_writable
 from ..plan import Plan
 from ..report import report
 from ..sites import Site, find_sites
 from .arguments import CommandError, build_model
-from .program import write_program
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def _describe(site: Site) -> dict[str, Any]:
 
 def score(args: argparse.Namespace) -> Outcome:
     """Calibrate and write the plan."""
-    _require_writable(args.out)
+    require_writable(Path(args.out))
     model = build_model(args.model, args.weights, seed=args.seed, device=args.device)
     plan = _calibrate(args, model, resume=args.resume)
     plan.save(args.out)
@@ -59,9 +58,7 @@ def score(args: argparse.Namespace) -> Outcome:
 
 def apply(args: argparse.Namespace) -> Outcome:
     """Apply a plan, or a choice made now, and write the model; ``export`` is the same with k = 0 by default."""
-    _require_writable(args.out)
-    if Path(args.out).suffix != ".pt2":
-        raise CommandError(f"--out {args.out}: the name of a program ends in .pt2")
+    check_target(args.out, args.format)
     model = build_model(args.model, args.weights, seed=args.seed, device=args.device)
     choice = {"k": args.k, "max_drop": args.max_drop, "sites": args.sites, "exclude": args.exclude}
     if all(choice[name] is None for name in ("k", "max_drop", "sites")):
@@ -74,7 +71,7 @@ def apply(args: argparse.Namespace) -> Outcome:
         plan = _calibrate(args, model, score_sites=choice["sites"] is None and choice["k"] != 0)
         gm = plan.apply(**choice)
     found = report(gm)
-    written = write_program(gm, args.out, extra={"report.json": found.to_dict(), "plan.json": plan.to_dict()})
+    written = export(gm, None, args.out, args.format)
     return Outcome(f"{found}\n{written}", written.to_dict() | {"report": found.to_dict()})
 
 
@@ -95,14 +92,3 @@ def _refuse_scoring_options(args: argparse.Namespace) -> None:
     for name in ("metric", "mean", "batches", "size"):
         if getattr(args, name) is not None:
             raise CommandError(f"--{name} belongs to scoring and has no effect on a plan that is already there")
-
-
-def _require_writable(out: str) -> None:
-    """Refuse before minutes of work what could not be written after them."""
-    folder = Path(out).resolve().parent
-    if not folder.is_dir():
-        raise CommandError(f"--out {out}: there is no folder {folder}")
-    if Path(out).is_dir():
-        raise CommandError(f"--out {out}: is a folder")
-    if not os.access(folder, os.W_OK):
-        raise CommandError(f"--out {out}: the folder {folder} is not writable")

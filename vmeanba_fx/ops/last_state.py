@@ -31,7 +31,7 @@ def _compute(u, delta, A, B, delta_bias=None, delta_softplus=False):
         dt = dt + delta_bias.to(compute).unsqueeze(-1)
     if delta_softplus:
         dt = F.softplus(dt)
-    remaining = dt.sum(-1, keepdim=True) - dt.cumsum(-1)
+    remaining = dt.flip(-1).cumsum(-1).flip(-1) - dt  # added up from the end, where the sums are small and count
     weighted = dt * u.to(compute)
     groups = B.shape[1]
     states = [

@@ -1,0 +1,110 @@
+"""One function per file format: write a program under a name, load it from there, return what runs it.
+
+Each takes ``(program, name, extra)``, with ``extra`` JSON texts by name, and returns ``run(*args, **kwargs)``, which
+gives the flat list of output tensors of the file that was written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from .archive import read_program
+from .errors import ExportError
+from .ops import decompositions
+
+Run = Callable[..., list[Tensor]]
+
+OPSET = 18
+
+
+def write_pt2(program: ExportedProgram, name: str, extra: dict[str, str]) -> Run:
+    """A ``torch.export`` program; our ops stay, so that kernels of the machine it runs on are used."""
+    buffer = io.BytesIO()  # torch's own file writer does not say that a disk is full
+    torch.export.save(program, buffer, extra_files=dict(extra))
+    with open(name, "xb") as file:
+        file.write(buffer.getbuffer())
+    del buffer
+    with open(name, "rb") as file:
+        written, found = read_program(file.read(), "the file written")
+    if found != extra:
+        raise ExportError("the file written holds another report or plan")
+    module = written.module()
+    return lambda *args, **kwargs: _tensors(module(*args, **kwargs))
+
+
+def write_aoti(program: ExportedProgram, name: str, extra: dict[str, str]) -> Run:
+    """An AOTInductor package: machine code, loaded by C++ programs without Python."""
+    lowered = _decomposed(program)
+    options = {"aot_inductor.metadata": {f"vmeanba_fx.{key}": text for key, text in extra.items()}}
+    with _quiet("torch._inductor"):
+        torch._inductor.aoti_compile_and_package(lowered, package_path=name, inductor_configs=options)
+        module = torch._inductor.aoti_load_package(name)
+    return lambda *args, **kwargs: _tensors(module(*args, **kwargs))
+
+
+def write_onnx(program: ExportedProgram, name: str, extra: dict[str, str]) -> Run:
+    """An ONNX model of standard operators, weights inside."""
+    import onnxruntime
+    from onnx_ir.passes.common import CommonSubexpressionEliminationPass
+    from onnxscript.optimizer import fold_constants, remove_unused_nodes
+
+    lowered = _decomposed(program)
+    with _quiet("torch.onnx"):
+        model = torch.onnx.export(
+            lowered, (), dynamo=True, opset_version=OPSET, verbose=False, external_data=False, optimize=False
+        )
+        # The whole optimizer takes minutes on a few thousand nodes, and onnxruntime has its own.
+        fold_constants(model.model)
+        CommonSubexpressionEliminationPass()(model.model)
+        remove_unused_nodes(model.model)
+    used = {node.domain for node in model.model.graph.all_nodes()}
+    if used - {"", "ai.onnx"}:
+        raise ExportError(f"operators outside of the ONNX standard remain, of {', '.join(sorted(used))}")
+    model.model.metadata_props.update({f"vmeanba_fx.{key}": text for key, text in extra.items()})
+    model.save(name, external_data=False)
+    session = onnxruntime.InferenceSession(name, providers=["CPUExecutionProvider"])
+
+    def run(*args: Any, **kwargs: Any) -> list[Tensor]:
+        flat = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        feed = {i.name: t.detach().cpu().numpy() for i, t in zip(session.get_inputs(), flat, strict=True)}
+        return [torch.from_numpy(value) for value in session.run(None, feed)]
+
+    return run
+
+
+def _decomposed(program: ExportedProgram) -> ExportedProgram:
+    """``program`` with our ops replaced by ATen ones."""
+    lowered = program.run_decompositions(decompositions.table())
+    left = {str(n.target) for m in lowered.graph_module.modules() for n in getattr(m, "graph", _EMPTY).nodes}
+    ours = sorted(target for target in left if "vmeanba_fx" in target)
+    if ours:
+        raise ExportError(f"{', '.join(ours)} has no decomposition")
+    return lowered
+
+
+_EMPTY = torch.fx.Graph()
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Without the warnings of torch's exporters about packages that are not needed here."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
