@@ -42,13 +42,13 @@ def curve(study: Study, variant: Variant, ks: list[int], until: float) -> list[d
     """One row per k; stops when the time is over."""
     rows = []
     started = time.perf_counter()
-    plan = study.plan(variant)
+    study.plan(variant)
     scoring = time.perf_counter() - started
     for k in ks:
         if time.perf_counter() > until:
             break
         started = time.perf_counter()
-        gm = study.apply(plan, variant, k)
+        gm = study.apply(variant, k)
         applying = time.perf_counter() - started
         value = study.measure(gm)
         row = {
