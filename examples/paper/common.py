@@ -132,12 +132,10 @@ def classification_data(kind: str, size: int) -> Callable[..., tuple[Tensor, Ten
 
 
 def scene_data(data: str, train: bool, count: int, seed: int, device: str) -> tuple[Tensor, Tensor]:
-    """Scenes that no other seed gives; those of the test split are made from test images only."""
-    images, labels = arrays(data, "fashion", train)
-    parts = [
-        compose(images.to(device), labels.to(device), min(250, count - start), seed=1_000_003 * (seed + 1) + start)
-        for start in range(0, count, 250)
-    ]
+    """Scenes that no other seed gives and none of training; those of the test split are made from test images only."""
+    images, labels = (t.to(device) for t in arrays(data, "fashion", train))
+    numbers = torch.arange(1_000_000 * (seed + 2), 1_000_000 * (seed + 2) + count, device=device)
+    parts = [compose(images, labels, chunk) for chunk in numbers.split(250)]
     return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
 
 
