@@ -218,7 +218,7 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, measure: str = "a
     return 100 * float((hits[union > 0] / union[union > 0]).mean())
 
 
-def batches(images: Tensor, labels: Tensor, batch: int = 250) -> list[tuple[Tensor, Tensor]]:
+def batches(images: Tensor, labels: Tensor, batch: int = 125) -> list[tuple[Tensor, Tensor]]:
     return list(zip(images.split(batch), labels.split(batch), strict=True))
 
 
