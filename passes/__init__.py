@@ -1,5 +1,6 @@
 """Graph passes: each one function ``(gm, ...) -> gm`` in its own file. A lossy pass says so in its first line."""
 
+from .bake_autocast import bake_autocast
 from .channels_last import channels_last
 from .cleanup import cleanup
 from .drop_annihilated import drop_annihilated
@@ -17,6 +18,7 @@ __all__ = [
     "PassRecord",
     "RankFit",
     "Readout",
+    "bake_autocast",
     "channels_last",
     "check_graph",
     "cleanup",

@@ -11,7 +11,7 @@ Before (VMamba, K = 4)::
 
 After (pointwise projections commute with a permutation of positions)::
 
-    feats  = matmul(x as (B, L, D), x_proj of all directions)   # one GEMM on the un-scanned map
+    feats  = linear(x as (B, H, W, D), x_proj of all directions)   # one GEMM on the un-scanned map
     merged = ss2d(x, feats, dt_projs, A, sum_k D_k, delta_bias, directions=[0, 1, 2, 3])
 
 What the nodes do is found and proved by evaluating them (:mod:`vmeanba_fx.cross_scan`); a site that is not provably this
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from vmeanba_fx.cross_scan import CrossScan, Merge, Projections, find_cross_scan, find_merge, find_projections
-from vmeanba_fx.evaluate import Unprovable, is_parameter_only
+from vmeanba_fx.evaluate import Unprovable, evaluate, is_parameter_only
 from vmeanba_fx.graph import SITE, Emitter, aten, remove_dead_code, scan_nodes, value
 
 from .mean_scan import group_shape, scan_arguments
@@ -72,14 +72,13 @@ def _features(
     padded = -(-C // _ALIGN) * _ALIGN
     weight = weights.x_weight.new_zeros(K, padded, D)
     weight[:, :C] = weights.x_weight
-    by_position = _buffer(gm, emit, site, "x_proj", weight.reshape(K * padded, D).t(), cross)
-    feats = emit(aten.matmul.default, _channel_last(emit, cross), by_position)  # (B, L, K * padded)
-    feats = emit(aten.unflatten.int, feats, 2, [K, padded])
-    feats = emit(aten.unflatten.int, feats, 1, [cross.height, cross.width])
-    feats = emit(aten.permute.default, feats, [0, 3, 4, 1, 2])
+    matrix = _buffer(gm, emit, site, "x_proj", weight.reshape(K * padded, D), cross)
+    x = channel_first(emit, cross)
+    feats = emit(aten.linear.default, emit(aten.permute.default, x, [0, 2, 3, 1]), matrix)  # (B, H, W, K * padded)
+    feats = emit(aten.unflatten.int, emit(aten.permute.default, feats, [0, 3, 1, 2]), 1, [K, padded])
     if padded != C:
         feats = emit(aten.slice.Tensor, feats, 2, 0, C)
-    return channel_first(emit, cross), feats
+    return x, feats
 
 
 def _core(
@@ -87,16 +86,20 @@ def _core(
     feats: fx.Node, site: str,
 ) -> fx.Node:  # fmt: skip
     dt_weight = _buffer(gm, emit, site, "dt_proj", weights.dt_weight, cross)
-    bias = a["delta_bias"]
-    if weights.dt_offset is not None:
-        offset = _buffer(gm, emit, site, "dt_offset", weights.dt_offset, cross)
-        bias = offset if bias is None else emit(aten.add.Tensor, bias, offset)
+    # -exp(A_log) and the like are worked out here, once.
+    [A] = evaluate([a["A"]], {}, 1)
+    bias = weights.dt_offset
+    if a["delta_bias"] is not None:
+        [given] = evaluate([a["delta_bias"]], {}, 1)
+        bias = given if bias is None else given + bias
+    A = _buffer(gm, emit, site, "A", A, cross, torch.float32)
+    bias = None if bias is None else _buffer(gm, emit, site, "dt_bias", bias, cross, torch.float32)
     skip = None if merge.skip is None else _buffer(gm, emit, site, "D", merge.skip, cross, torch.float32)
     order = None
     if not cross.directions:
         order = emit.get_attr(gm, _name(site, "order"), cross.order.to(device_of(cross), torch.int32))
     return emit(
-        torch.ops.vmeanba_fx.ss2d.default, x, feats, dt_weight, a["A"], skip, bias, list(cross.directions), order,
+        torch.ops.vmeanba_fx.ss2d.default, x, feats, dt_weight, A, skip, bias, list(cross.directions), order,
         a["delta_softplus"], value(merge.node).dtype,
     )  # fmt: skip
 
@@ -110,15 +113,6 @@ def channel_first(emit: Emitter, cross: CrossScan) -> fx.Node:
     if dims == 3:
         x = emit(aten.unflatten.int, x, 2, [cross.height, cross.width])
     return x
-
-
-def _channel_last(emit: Emitter, cross: CrossScan) -> fx.Node:
-    """The source of a cross scan as a (B, L, D) node, without a copy."""
-    x, dims = cross.source, value(cross.source).dim()
-    if cross.last:
-        return x if dims == 3 else emit(aten.flatten.using_ints, x, 1, 2)
-    x = x if dims == 3 else emit(aten.flatten.using_ints, x, 2, 3)
-    return emit(aten.transpose.int, x, 1, 2)
 
 
 def restore_shape(emit: Emitter, merged: fx.Node, merge: Merge) -> fx.Node:

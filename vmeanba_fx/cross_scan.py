@@ -9,7 +9,9 @@ Notation: x (B, D, H, W) is the un-scanned map, order[k, t] the flat position th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, fx
@@ -125,12 +127,17 @@ def find_projections(scan: CrossScan, delta: fx.Node, B: fx.Node, C: fx.Node, u:
     d = torch.arange(D)
     x_weight = torch.stack([feats[d // L, k][d, :, inverse[k, d % L]] for k in range(K)]).transpose(1, 2)
 
+    # The same for the step features: position p holds unit vector p mod (rank + 1), the last of which is zero.
+    images = -(-(rank + 1) // L)
+    steps = torch.zeros(images, K, rank + 1, L, dtype=torch.float64, device=rows.device)
+    r = torch.arange(rank + 1)
+    p = torch.arange(images * L)
+    steps[p // L, :, p % (rank + 1), p % L] = 1.0
     shape = shape_of(low_rank, rows.batch)[1:]
-    steps = torch.eye(rank, dtype=torch.float64, device=rows.device).reshape(rank, 1, rank, 1).expand(rank, K, rank, L)
-    zero = torch.zeros(1, K, rank, L, dtype=torch.float64, device=rows.device)
-    out = rows.run([delta], low_rank, torch.cat([zero, steps]).reshape(rank + 1, *shape))[0].reshape(-1, K, D, L)
-    offset = out[0, :, :, 0]
-    dt_weight = (out[1:, :, :, 0] - offset).permute(1, 2, 0)
+    out = rows.run([delta], low_rank, steps[:, :, :rank].reshape(images, *shape))[0].reshape(images, K, D, L)
+    read = out[r // L, :, :, r % L]  # (rank + 1, K, D)
+    offset = read[rank]
+    dt_weight = (read[:rank] - offset).permute(1, 2, 0)
 
     x = rows.random(0, D, L)
     xs = x[:, :, scan.order].transpose(1, 2)  # (B, K, D, L)
@@ -188,8 +195,7 @@ class _Rows:
 
     def random(self, seed: int, *shape: int) -> Tensor:
         """Normal values for one batch; the same for the same seed on every device."""
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(self.batch, *shape, dtype=torch.float64, generator=generator).to(self.device)
+        return _normal(seed, (self.batch, *shape)).to(self.device)
 
     def run(self, wanted: list[fx.Node], source: fx.Node, rows: Tensor) -> list[Tensor]:
         if self.dynamic:
@@ -200,6 +206,11 @@ class _Rows:
             for kept, t in zip(out, evaluate(wanted, {source: filled}, self.batch), strict=True):
                 kept.append(t[: chunk.shape[0]])
         return [torch.cat(kept) for kept in out]
+
+
+@lru_cache(maxsize=8)  # the sites of a stage ask for the same one after the other
+def _normal(seed: int, shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def _numel(shape: tuple[int, ...]) -> int:
@@ -264,10 +275,9 @@ def _contraction_input(delta: fx.Node, source: fx.Node) -> fx.Node:
             raise Unprovable("delta is the map itself, not a projection of it")
 
 
-def _candidates(start: fx.Node, count: int, batch: int) -> list[fx.Node]:
+def _candidates(start: fx.Node, count: int, batch: int) -> Iterator[fx.Node]:
     """Nodes behind ``start`` through which all it contributes flows, of ``count`` elements per image, nearest first."""
     reached = {start}
-    out: list[fx.Node] = []
     for node in start.graph.nodes:
         if node is start or not any(a in reached for a in node.all_input_nodes):
             continue
@@ -276,8 +286,7 @@ def _candidates(start: fx.Node, count: int, batch: int) -> list[fx.Node]:
         reached.add(node)
         held = value(node)
         if isinstance(held, Tensor) and _numel(shape_of(node, batch)[1:]) == count and _dominates(node, start, reached):
-            out.append(node)
-    return out
+            yield node
 
 
 def _dominates(node: fx.Node, start: fx.Node, reached: set[fx.Node]) -> bool:
@@ -299,7 +308,12 @@ def _dominates(node: fx.Node, start: fx.Node, reached: set[fx.Node]) -> bool:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return bool(torch.isfinite(b).all()) and bool((a - b).abs().max() <= _TOLERANCE * max(float(a.abs().max()), 1.0))
+    # Not a number anywhere makes the largest difference not a number, and the comparison false.
+    return bool(_largest(a - b) <= _TOLERANCE * max(float(_largest(a)), 1.0))
+
+
+def _largest(t: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(t, float("inf"))
 
 
 def _require_equal(a: Tensor, b: Tensor, sentence: str) -> None:

@@ -159,6 +159,8 @@ def is_effect_free(node: fx.Node) -> bool:
     """True where a node may go once nothing reads it: pure operators, attribute reads, metadata assertions."""
     if node.op == "get_attr" or node.target in _CHECKS:
         return True
+    if node.target is aten.dropout.default and not node.args[2]:  # fx takes it for a random number
+        return True
     return node.op == "call_function" and not node.is_impure()
 
 
