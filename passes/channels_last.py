@@ -102,6 +102,8 @@ def _operands(node: fx.Node) -> list[object] | None:
             plans.append(lambda a=a: a)
         elif value(a).dim() == 3 and tuple(value(a).shape[1:]) == (1, 1):  # one value per channel
             plans.append(lambda a=a: emit(aten.flatten.using_ints, a, 0, 2))
+        elif value(a).dim() == 4 and value(a).shape[1] == 1:  # one channel: its permuted form is a view
+            plans.append(lambda a=a: emit(aten.permute.default, a, _LAST))
         else:
             return None
     return [*(plan() for plan in plans), *node.args[2:]]

@@ -25,12 +25,11 @@ from torch import Tensor, fx
 
 from vmeanba_fx.cross_scan import CrossScan, Merge, Projections, find_cross_scan, find_merge, find_projections
 from vmeanba_fx.evaluate import Unprovable, evaluate, is_parameter_only
-from vmeanba_fx.graph import SITE, Emitter, aten, remove_dead_code, scan_nodes, value
+from vmeanba_fx.graph import NOT_FUSED, SITE, Emitter, aten, remove_dead_code, scan_nodes, value
 
 from .mean_scan import group_shape, scan_arguments
 
 NAME = "fuse_ss2d"
-NOT_FUSED = "vmeanba_fx.not_fused"
 # The CUDA kernel loads the features of a position as 16-byte words: per direction they are padded to 8 halves.
 _ALIGN = 8
 
@@ -72,7 +71,7 @@ def _features(
     padded = -(-C // _ALIGN) * _ALIGN
     weight = weights.x_weight.new_zeros(K, padded, D)
     weight[:, :C] = weights.x_weight
-    matrix = _buffer(gm, emit, site, "x_proj", weight.reshape(K * padded, D), cross)
+    matrix = make_buffer(gm, emit, site, "x_proj", weight.reshape(K * padded, D), cross)
     x = channel_first(emit, cross)
     feats = emit(aten.linear.default, emit(aten.permute.default, x, [0, 2, 3, 1]), matrix)  # (B, H, W, K * padded)
     feats = emit(aten.unflatten.int, emit(aten.permute.default, feats, [0, 3, 1, 2]), 1, [K, padded])
@@ -85,19 +84,19 @@ def _core(
     gm: fx.GraphModule, emit: Emitter, cross: CrossScan, weights: Projections, merge: Merge, a: dict, x: fx.Node,
     feats: fx.Node, site: str,
 ) -> fx.Node:  # fmt: skip
-    dt_weight = _buffer(gm, emit, site, "dt_proj", weights.dt_weight, cross)
+    dt_weight = make_buffer(gm, emit, site, "dt_proj", weights.dt_weight, cross)
     # -exp(A_log) and the like are worked out here, once.
     [A] = evaluate([a["A"]], {}, 1)
     bias = weights.dt_offset
     if a["delta_bias"] is not None:
         [given] = evaluate([a["delta_bias"]], {}, 1)
         bias = given if bias is None else given + bias
-    A = _buffer(gm, emit, site, "A", A, cross, torch.float32)
-    bias = None if bias is None else _buffer(gm, emit, site, "dt_bias", bias, cross, torch.float32)
-    skip = None if merge.skip is None else _buffer(gm, emit, site, "D", merge.skip, cross, torch.float32)
+    A = make_buffer(gm, emit, site, "A", A, cross, torch.float32)
+    bias = None if bias is None else make_buffer(gm, emit, site, "dt_bias", bias, cross, torch.float32)
+    skip = None if merge.skip is None else make_buffer(gm, emit, site, "D", merge.skip, cross, torch.float32)
     order = None
     if not cross.directions:
-        order = emit.get_attr(gm, _name(site, "order"), cross.order.to(device_of(cross), torch.int32))
+        order = make_buffer(gm, emit, site, "order", cross.order, cross, torch.int32)
     return emit(
         torch.ops.vmeanba_fx.ss2d.default, x, feats, dt_weight, A, skip, bias, list(cross.directions), order,
         a["delta_softplus"], value(merge.node).dtype,
@@ -128,14 +127,12 @@ def device_of(cross: CrossScan) -> torch.device:
     return value(cross.source).device
 
 
-def _buffer(
+def make_buffer(
     gm: fx.GraphModule, emit: Emitter, site: str, name: str, tensor: Tensor, cross: CrossScan,
     dtype: torch.dtype | None = None,
 ) -> fx.Node:  # fmt: skip
+    """``tensor`` as a buffer on the device of ``cross``; in its dtype, or in ``dtype`` where that is wider or no float."""
     held = value(cross.source)
-    wanted = torch.promote_types(held.dtype, dtype) if dtype is not None else held.dtype
-    return emit.get_attr(gm, _name(site, name), tensor.to(held.device, wanted).contiguous())
-
-
-def _name(site: str, name: str) -> str:
-    return f"{site}.{name}".replace(".", "_").replace("#", "_")
+    if dtype is None or dtype.is_floating_point:
+        dtype = held.dtype if dtype is None else torch.promote_types(held.dtype, dtype)
+    return emit.get_attr(gm, f"{site}.{name}".replace(".", "_").replace("#", "_"), tensor.to(held.device, dtype).contiguous())

@@ -8,14 +8,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from vmeanba_fx.passes.fuse_ss2d import NOT_FUSED
 
 import vmeanba_fx
 from tests import zoo
 from tests.helpers import make_scan_matter
 from vmeanba_fx.cross_scan import find_cross_scan
 from vmeanba_fx.evaluate import Unprovable, evaluate
-from vmeanba_fx.graph import aten, scan_nodes
+from vmeanba_fx.graph import NOT_FUSED, aten, scan_nodes
 from vmeanba_fx.models import VSSM
 from vmeanba_fx.ops.directions import direction_table
 

@@ -31,6 +31,7 @@ from .passes import (
     channels_last,
     cleanup,
     drop_annihilated,
+    fuse_shared,
     fuse_ss2d,
     mean_scan,
     merge_skips,
@@ -164,13 +165,13 @@ class Plan:
         device = next((t.device for t in (*gm.parameters(), *gm.buffers())), torch.device("cpu"))
         args = pytree.tree_map_only(Tensor, lambda t: t.to(device), (info.args, info.kwargs)) if verify else None
         gm, records = run_passes(gm, passes, skip=skip_passes, verify_args=args, dump=dump)
-        attach_report(gm, Report.of(self, chosen, records, gm.meta.pop(REFIT, ())))
+        attach_report(gm, Report.of(self, chosen, records, gm, gm.meta.pop(REFIT, ())))
         attach_plan(gm, self.to_dict())
         return gm
 
     def _passes(self, chosen: list[str]) -> list[Pass]:
         lossy = [Pass("mean_scan", partial(mean_scan, sites=chosen, mean=self.mean), exact=False)] if chosen else []
-        exact = (drop_annihilated, merge_skips, fuse_ss2d, channels_last, cleanup)
+        exact = (drop_annihilated, merge_skips, fuse_ss2d, fuse_shared, channels_last, cleanup)
         return [*lossy, *(Pass(run.__name__, run, exact=True) for run in exact)]
 
     def _fitted(

@@ -10,6 +10,7 @@ from tabulate import tabulate
 from torch import fx
 
 from .errors import VMeanbaError
+from .graph import NOT_FUSED, SITE, graph_modules
 from .passes.manager import PassRecord
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class Report:
     """``chosen``: names of the replaced sites. ``table``: all sites as printed. ``passes``: what each pass changed.
 
     ``ranks``: channels per direction of the replaced sites, with ``reduce="rank"``. ``refitted``: one sentence per layer.
+    ``unfused``: why the exact passes left a site on the scanned copies of its map, by site.
     ``flops_before``/``flops_after``: operations of all scans at batch 1, as the paper's authors count them.
     """
 
@@ -40,9 +42,12 @@ class Report:
     table: str = field(repr=False)
     ranks: dict[str, int] = field(default_factory=dict)
     refitted: tuple[str, ...] = ()
+    unfused: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, plan: Plan, chosen: list[str], records: list[PassRecord], refitted: Iterable[object] = ()) -> Report:
+    def of(
+        cls, plan: Plan, chosen: list[str], records: list[PassRecord], gm: fx.GraphModule, refitted: Iterable[object] = ()
+    ) -> Report:
         impacts = {s.name: plan.impact(i) for i, s in enumerate(plan.sites)} if plan.scores else {}
         # The literal block keeps its scan unless the exact pass removed it.
         cleaned = any(r.name == "drop_annihilated" for r in records)
@@ -51,6 +56,7 @@ class Report:
         return cls(
             tuple(chosen), plan.metric, plan.base, impacts, plan.mean, before, after, tuple(records), plan.table(chosen),
             {name: plan.fits[name].rank for name in chosen if name in plan.fits}, tuple(map(str, refitted)),
+            reasons(gm),
         )  # fmt: skip
 
     @property
@@ -69,6 +75,7 @@ class Report:
             f"scan FLOPs {self.flops_before:,} -> {self.flops_after:,} per image",
             *map(str, self.passes),
             *self.refitted,
+            *(f"{site}: not fused, {why}" for site, why in self.unfused.items()),
         ]
         return "\n".join(lines)
 
@@ -77,7 +84,7 @@ class Report:
             "chosen": list(self.chosen), "metric": self.metric, "base": self.base, "impacts": self.impacts,
             "mean": self.mean, "ranks": self.ranks, "refitted": list(self.refitted),
             "flops_before": self.flops_before, "flops_after": self.flops_after,
-            "passes": [p.to_dict() for p in self.passes],
+            "passes": [p.to_dict() for p in self.passes], "unfused": self.unfused,
         }  # fmt: skip
 
     @classmethod
@@ -104,6 +111,12 @@ class Report:
         except (TypeError, ValueError) as error:
             raise ValueError(f"a report of unknown form: {error}") from None
         return found
+
+
+def reasons(gm: fx.GraphModule) -> dict[str, str]:
+    """Sentences that the exact passes left at sites they could not fuse."""
+    nodes = [n for owner in graph_modules(gm) for n in owner.graph.nodes if NOT_FUSED in n.meta]
+    return {str(n.meta.get(SITE, n.name)): n.meta[NOT_FUSED] for n in nodes}
 
 
 def report(gm: fx.GraphModule) -> Report:
