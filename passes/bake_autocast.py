@@ -1,4 +1,4 @@
-"""Lossy by design, as autocast is: what ``torch.autocast`` would cast at run time is cast in the graph, weights once and for all.
+"""Lossy as autocast is: what ``torch.autocast`` would cast at run time is cast in the graph, weights once and for all.
 
 Before (float32 graph, run under ``torch.autocast("cuda", torch.float16)``)::
 
@@ -104,7 +104,8 @@ def _cast(
         if is_parameter_only(node):
             [full] = evaluate([node], {}, 1)
             name = str(node.target if node.op == "get_attr" else node.name).replace(".", "_")
-            casts[node, dtype] = emit.get_attr(gm, f"{name}_{str(dtype).removeprefix('torch.')}", full.to(dtype))
+            name += f"_{str(dtype).removeprefix('torch.')}"
+            casts[node, dtype] = emit.get_attr(gm, name, full.to(value(node).device, dtype))
         else:
             casts[node, dtype] = emit(aten.to.dtype, node, dtype)
     return casts[node, dtype]

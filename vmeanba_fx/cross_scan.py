@@ -135,7 +135,7 @@ def find_projections(scan: CrossScan, delta: fx.Node, B: fx.Node, C: fx.Node, u:
 
 
 def find_pointwise(scan: CrossScan, features: list[fx.Node], u: fx.Node) -> tuple[Tensor, Tensor]:
-    """(weight (K, F, D), shift (K, F)): ``features``, each (B, K, f, L) or (B, K, L), are weight @ map + shift in scan order."""
+    """(weight (K, F, D), shift (K, F)): ``features``, (B, K, f, L) or (B, K, L), are weight @ map + shift in scan order."""
     rows = _Rows(u.graph)
     sizes = scan.groups, scan.channels, scan.length
     weight, shift = _read_affine(rows, scan.source, scan.to_source, sizes, features, scan.order)
