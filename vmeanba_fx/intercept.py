@@ -264,9 +264,9 @@ def intercept(model: nn.Module, emit: Emit, where: Callable[[], str]) -> Iterato
         interception = Interception(emit, where)
         try:
             found = discover(model)
-            interception.swap_functions(found)
             for cls, target in (found.classes | found.companion_classes).items():
                 interception.swap_class(cls, target)
+            interception.swap_functions(found)
             interception.swap_pybind(found)
             interception.supply_missing(found)
             yield interception, found
