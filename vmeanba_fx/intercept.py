@@ -91,9 +91,9 @@ class Interception:
         try:
             call = spec.adapt(bound.arguments)
         except Refusal as refusal:
-            place, taken = self.where(), self._taken
+            place, seen = self.where(), (self._taken, len(self.refused))
             result = original(*args, **kwargs)
-            if not spec.proof or self._taken == taken:  # else a scan inside of it was taken
+            if not spec.proof or (self._taken, len(self.refused)) == seen:  # else a scan inside of it was seen
                 self.refused.append((place, str(refusal)))
             return result
         case = (id(signature), *case_of(bound.arguments))
