@@ -8,8 +8,8 @@ of plain PyTorch in channels-last memory, of about as many operations as VMamba-
 examples, whose "official" is the official class with its weights.
 
 Numbers first: what claims to be lossless is compared with the official model's outputs (without it, with this package's own
-VMamba; in bfloat16 it may differ from them twice as much as the model itself does), and a failure prints no speed. Times are medians of forwards taken in turns. "peak" is the most that the CPU allocator
-held during a forward beyond weights and input.
+VMamba; in bfloat16 it may be off by twice what the model itself is), and a failure prints no speed. Times are medians of
+forwards taken in turns. "peak" is the most that the CPU allocator held during a forward beyond weights and input.
 """
 
 import argparse

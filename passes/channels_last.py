@@ -24,8 +24,10 @@ After (x is the permuted form of x')::
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, fx
 
+from vmeanba_fx.evaluate import attribute
 from vmeanba_fx.graph import Emitter, aten, remove_dead_code, value
 
 from .cleanup import cleanup
@@ -51,6 +53,7 @@ def channels_last(gm: fx.GraphModule) -> fx.GraphModule:
     for node in gm.graph.find_nodes(op="call_function", target=aten.view.default):
         node.target = aten.reshape.default
     remove_dead_code(gm)
+    _lay_out_weights(gm)
     return cleanup(gm)
 
 
@@ -85,6 +88,15 @@ def _sink(node: fx.Node) -> None:
         return
     emit = Emitter(node.graph, node, NAME, like=node)
     node.replace_all_uses_with(emit(aten.permute.default, emit(node.target, *inside, **node.kwargs), _FIRST))
+
+
+def _lay_out_weights(gm: fx.GraphModule) -> None:
+    """A convolution of a channels-last map converts a weight that is not channels-last at every call: do it here, once."""
+    for conv in gm.graph.nodes:
+        if conv.target is aten.conv2d.default and _is_first(conv.args[0]) and conv.args[1].op == "get_attr":
+            weight = attribute(conv.args[1])
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+            conv.args[1].meta["val"] = value(conv.args[1]).contiguous(memory_format=torch.channels_last)
 
 
 def _is_first(node: object) -> bool:

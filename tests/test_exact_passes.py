@@ -315,3 +315,14 @@ def test_lossless_export_and_compile():
         assert relative(program.module()(x[:1]), expected[:1]) < 1e-5
         compiled = torch.compile(gm, fullgraph=True, backend="aot_eager")
         assert relative(compiled(x), expected) < 1e-5
+
+
+def test_convolutions_have_their_weights_in_the_layout_of_their_maps():
+    """Else PyTorch converts them at every call. The caller's model and the plan's graph keep theirs."""
+    plan, x = planned("v05_noz", torch.float32)
+    gm = plan.apply(0)
+    weight, before = (graph.get_parameter("layers.0.downsample.1.weight") for graph in (gm, plan.graph))
+    assert weight.is_contiguous(memory_format=torch.channels_last) and before.is_contiguous()
+    assert torch.equal(weight, before) and isinstance(weight, nn.Parameter)
+    exported = torch.export.export(gm, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
+    assert torch.equal(exported(x[:1]), gm(x[:1]))

@@ -110,9 +110,10 @@ def _silu(b, x):
 
 
 def _shift(b, x, steps, fill):
-    """x[i - steps], and `fill` in the first `steps`."""
+    """x[i - steps], and `fill` in the first `steps`. Not one shuffle with `fill`: its code is slower."""
     turned = b.shuffle_vector(x, x, _indices((i - steps) % LANES for i in range(LANES)))
-    return b.select(ir.Constant(ir.VectorType(ir.IntType(1), LANES), [i >= steps for i in range(LANES)]), turned, _constant(fill))
+    there = ir.Constant(ir.VectorType(ir.IntType(1), LANES), [i >= steps for i in range(LANES)])
+    return b.select(there, turned, _constant(fill))
 
 
 def _transpose(b, rows):
