@@ -4,15 +4,15 @@ Before::
 
     y = vmeanba_fx.selective_scan(u, delta, A, B, C, None, None, delta_bias, True)     # (B, K*D, L)
 
-After, with W (K, r, D) and V (K, D, r) from :mod:`vmeanba_fx.fitting`::
+After, with W (K, r, D), V (K, D, r) and weights w (K, D) that add up to 1, from :mod:`vmeanba_fx.fitting_sites`::
 
     ur     = W @ u                                             # (B, K, r, L)
-    delta1 = mean_D(delta + delta_bias)                        # (B, K, L)
-    A1     = mean_D(A)                                         # (K, N)
+    delta1 = w . (delta + delta_bias)                          # (B, K, L)
+    A1     = w . A                                             # (K, N)
     yr     = vmeanba_fx.shared_scan(ur, delta1, A1, B, C, None, True)                  # (B, K, r, L)
     y      = V @ yr + b                                        # (B, K*D, L)
 
-The paper's block with the mean of the inputs is r = 1, W = 1/D, V = 1. The ``+ D*u`` behind the scan stays, with the fitted
+The paper's block with the mean of the inputs is r = 1, W = w = 1/D, V = 1. The ``+ D*u`` behind the scan stays, with the fitted
 ``s`` added to D: no cost at run time. ``b`` is absent where the fit has none.
 """
 
@@ -40,7 +40,8 @@ _ops = torch.ops.vmeanba_fx
 
 @dataclass(frozen=True)
 class RankFit:
-    """W (K, r, D), V (K, D, r); skip (K*D,), added to the D of the site's skip, or None; bias (K*D,) or None.
+    """W (K, r, D), V (K, D, r), weights (K, D); skip (K*D,), added to the D of the site's skip, or None; bias (K*D,) or
+    None.
 
     ``energy``: share of the scan's energy about its mean that the fit explains on the calibration data, less what a
     LayerNorm absorbs. ``rows``: positions fitted on.
@@ -48,6 +49,7 @@ class RankFit:
 
     W: Tensor
     V: Tensor
+    weights: Tensor
     skip: Tensor | None
     bias: Tensor | None
     energy: float
@@ -56,10 +58,6 @@ class RankFit:
     @property
     def rank(self) -> int:
         return int(self.W.shape[1])
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> RankFit:
-        moved = [None if t is None else t.to(device, dtype) for t in (self.W, self.V, self.skip, self.bias)]
-        return RankFit(*moved, self.energy, self.rows)
 
 
 def rank_scan(gm: fx.GraphModule, fits: Mapping[str, RankFit]) -> fx.GraphModule:
@@ -128,7 +126,8 @@ def rank_block(
     # The products with u run in its own dtype: the wide operand is read once, half as wide in half precision.
     W = constant("rank_W", fit.W, u_dtype)
     ur = cast(op(aten.matmul.default, W, op(aten.unflatten.int, u, 1, [groups, channels])))  # (B, K, r, L)
-    delta1, A1 = shared_step(op, delta, delta_bias, A, groups, channels, compute, cast)
+    weights = {dtype: constant("rank_weights", fit.weights[:, None], dtype) for dtype in {dtype_of(delta), compute}}
+    delta1, A1 = shared_step(op, delta, delta_bias, A, weights, dtype_of, compute, cast)
     yr = op(_ops.shared_scan.default, ur, delta1, A1, cast(B), cast(C), None, delta_softplus)
     y = op(aten.matmul.default, constant("rank_V", fit.V, compute), yr)  # (B, K, D, L)
     y = op(aten.flatten.using_ints, y, 1, 2)
@@ -139,15 +138,21 @@ def rank_block(
 
 
 def shared_step(
-    op: Callable[..., Any], delta: Any, delta_bias: Any, A: Any, groups: int, channels: int, compute: torch.dtype,
-    cast: Callable[[Any], Any],
+    op: Callable[..., Any], delta: Any, delta_bias: Any, A: Any, weights: Mapping[torch.dtype, Any], dtype_of: Callable,
+    compute: torch.dtype, cast: Callable[[Any], Any],
 ) -> tuple[Any, Any]:  # fmt: skip
-    """The step before softplus (B, K, L) and decay (K, N) that all channels of a direction share: their means."""
-    delta1 = op(aten.mean.dim, op(aten.unflatten.int, delta, 1, [groups, channels]), [2], False, dtype=compute)
+    """The step before softplus (B, K, L) and decay (K, N) that all channels of a direction share: weighted means.
+
+    ``weights``: (K, 1, D), in the dtype of ``delta`` and in the compute dtype.
+    """
+    own = weights[compute]
+    groups, _, channels = (own if isinstance(own, Tensor) else value(own)).shape
+    delta1 = op(aten.matmul.default, weights[dtype_of(delta)], op(aten.unflatten.int, delta, 1, [groups, channels]))
+    delta1 = op(aten.squeeze.dim, cast(delta1), 2)
     if delta_bias is not None:
-        bias = op(aten.mean.dim, op(aten.unflatten.int, cast(delta_bias), 0, [groups, channels]), [1])
-        delta1 = op(aten.add.Tensor, delta1, op(aten.unsqueeze.default, bias, -1))
-    A1 = op(aten.mean.dim, op(aten.unflatten.int, cast(A), 0, [groups, channels]), [1])
+        bias = op(aten.unflatten.int, op(aten.unsqueeze.default, cast(delta_bias), -1), 0, [groups, channels])
+        delta1 = op(aten.add.Tensor, delta1, op(aten.squeeze.dim, op(aten.matmul.default, own, bias), 2))
+    A1 = op(aten.squeeze.dim, op(aten.matmul.default, own, op(aten.unflatten.int, cast(A), 0, [groups, channels])), 1)
     return delta1, A1
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+RIDGES = (1e-5, 1e-3, 1e-2)
 AUTO_RANKS = (1, 2, 4, 8, 16)
 _SWEEPS = 3
 _POLISH = 8
@@ -109,9 +109,12 @@ class _Problem:
         return float(self.total - 2.0 * cross + square)
 
 
+def _penalty(gram: Tensor, ridge: float) -> Tensor:
+    return ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+
+
 def _cholesky(gram: Tensor, ridge: float) -> Tensor:
-    mean = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
-    return torch.linalg.cholesky(gram + ridge * mean * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+    return torch.linalg.cholesky(gram + _penalty(gram, ridge) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
 
 
 def _leading(gram: Tensor, rank: int) -> Tensor:
@@ -129,7 +132,9 @@ class _Solver:
         self.layout = problem.layout
         self.skip = skip
         K = self.layout.sources
-        self.chol = [_cholesky(problem.ZZ[self.layout.z(k), self.layout.z(k)], ridge) for k in range(K)]
+        own = [problem.ZZ[self.layout.z(k), self.layout.z(k)] for k in range(K)]
+        self.chol = [_cholesky(gram, ridge) for gram in own]
+        self.penalty = torch.cat([_penalty(gram, ridge).expand(len(gram)) for gram in own])
         self.skip_chol = _cholesky(problem.UU * problem.P, max(ridge, 1e-9)) if skip else None
 
     def run(self, rank: int, sweeps: int = _SWEEPS, polish: int = _POLISH) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,7 +176,7 @@ class _Solver:
 
     def _readout(self, W: Tensor, s: Tensor) -> Tensor:
         p = self.p
-        gram = W.T @ p.ZZ @ W
+        gram = W.T @ (p.ZZ @ W + self.penalty[:, None] * W)
         right = W.T @ (p.ZY - (p.ZU * s) @ p.P)
         return torch.cholesky_solve(right, _cholesky(gram, 1e-12)).T
 

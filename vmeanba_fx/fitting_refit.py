@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
 from .batches import Batches
 from .errors import CalibrationError
+from .evaluate import is_parameter_only
 from .execute import Executor
 from .fitting import Sums, refit_linear
-from .graph import SITE, scan_nodes
-from .passes.refit import Readout, find_readout, refit
+from .graph import SITE, downstream, scan_nodes
+from .passes.refit import Readout, find_readout, find_stream, is_pointwise_linear, refit
+
+Refit = bool | Literal["all"]
 
 REFIT = "vmeanba_fx.refit"
 """``gm.meta`` key of a list of :class:`Refitted`."""
@@ -39,7 +42,7 @@ class Refitted:
     def __str__(self) -> str:
         if self.refused:
             return f"{self.site}: not refitted, {self.refused}"
-        return f"{self.site}: {self.layer} refitted, {self.left:.0%} of its squared error is left"
+        return f"{self.site or 'later layer'}: {self.layer} refitted, {self.left:.0%} of its squared error is left"
 
 
 def readouts(original: fx.GraphModule, sites: Iterable[str]) -> list[tuple[str, Readout | str]]:
@@ -53,21 +56,32 @@ def readouts(original: fx.GraphModule, sites: Iterable[str]) -> list[tuple[str, 
     return found
 
 
+def later_layers(original: fx.GraphModule, first: fx.Node) -> list[Readout]:
+    """Layers behind ``first`` that write into a residual stream or give the model's output, in graph order."""
+    reached = downstream(original.graph, {first})
+    found = [node for node in original.graph.nodes if node in reached and is_pointwise_linear(node)]
+    found = [Readout(node, find_stream(node)) for node in found if is_parameter_only(node.args[1])]
+    return [r for r in found if r.stream is not None or any(user.op == "output" for user in r.layer.users)]
+
+
 def refit_sites(
-    gm: fx.GraphModule, original: fx.GraphModule, sites: Iterable[str], data: Batches, *, stream: bool = True
-) -> fx.GraphModule:
+    gm: fx.GraphModule, original: fx.GraphModule, sites: Iterable[str], data: Batches, *, how: Refit = True,
+    stream: bool = True,
+) -> fx.GraphModule:  # fmt: skip
     """Refit ``gm``, a copy of ``original`` with ``sites`` replaced, in place, and return it.
 
-    Sites that share a layer are refitted once. ``gm.meta[REFIT]`` lists what was done.
+    Layers that several sites share are refitted once. ``gm.meta[REFIT]`` lists what was done.
     """
-    done: list[Refitted] = []
-    layers: set[str] = set()
-    for site, readout in readouts(original, sites):
-        if isinstance(readout, str):
-            done.append(Refitted(site, refused=readout))
-        elif readout.layer.name not in layers:
-            layers.add(readout.layer.name)
-            done.append(Refitted(site, readout.layer.name, refit_layer(gm, original, readout, data, stream=stream)))
+    found = readouts(original, sites)
+    done = [Refitted(site, refused=readout) for site, readout in found if isinstance(readout, str)]
+    layers = {readout.layer: (site, readout) for site, readout in found if isinstance(readout, Readout)}
+    if how == "all" and layers:
+        for readout in later_layers(original, next(iter(layers))):
+            layers.setdefault(readout.layer, ("", readout))
+    for node in original.graph.nodes:
+        if node in layers:
+            site, readout = layers[node]
+            done.append(Refitted(site, node.name, refit_layer(gm, original, readout, data, stream=stream)))
     gm.meta[REFIT] = done
     return gm
 

@@ -1,4 +1,7 @@
-"""Rank-r fits of a captured graph's sites: one pass over the calibration data collects the sums of all of them.
+"""Rank-r fits of a captured graph's sites: two passes over the calibration data, whatever their number.
+
+The first pass finds the energy of every channel of the scans, which decides on the decay they will share; the second collects
+the sums of :mod:`vmeanba_fx.fitting`.
 
 Sums of one site take 2 heads * ((K + 2) * D + 1)^2 float64 numbers where the K directions are provably merged into one map
 (then heads = 1: what is fitted is the merged output), and 2 K (3 D + 1)^2 where they are not (every direction by itself).
@@ -7,7 +10,7 @@ Sites whose sums exceed ``SUMS_BUDGET`` together are fitted in several passes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -29,6 +32,7 @@ from .reduction import Reduction
 from .sites import Site, SiteList, skip_product
 
 SUMS_BUDGET = 1 << 30  # bytes
+WEIGHT_POWER = 1.0
 _ROWS_BUDGET = 1 << 24  # float64 numbers of rows at a time
 
 
@@ -45,6 +49,7 @@ class _SiteRows:
         merged = self.inverse is not None
         self.layout = Layout(self.groups if merged else 1, self.channels)
         self.heads = 1 if merged else self.groups
+        self.weights = torch.empty(0)
 
     def _inverse_order(self) -> Tensor | None:
         """(K, L): at which step direction k visits each position, where the directions are merged into one map."""
@@ -63,6 +68,18 @@ class _SiteRows:
 
     def sums(self, device: torch.device) -> Sums:
         return Sums(self.heads, self.layout.width, device)
+
+    def add_energy(self, moments: Tensor, _: int, env: Mapping[fx.Node, Any]) -> None:
+        """Add a batch to ``moments`` (3, K, D): count, sum and sum of squares of every channel of the scan."""
+        y = env[self.scan].double().unflatten(1, (self.groups, self.channels))
+        moments += torch.stack([torch.ones_like(y).sum((0, 3)), y.sum((0, 3)), y.square().sum((0, 3))])
+
+    def set_weights(self, moments: Tensor) -> None:
+        """Channels share one step: that of the channels that carry the scan, so each counts by its variance."""
+        count, total, square = moments
+        energy = (square - total.square() / count.clamp_min(1.0)).clamp_min(0.0) ** WEIGHT_POWER
+        energy += 1e-12 * energy.max() + torch.finfo(energy.dtype).tiny
+        self.weights = energy / energy.sum(1, keepdim=True)
 
     def add(self, sums: Sums, batch_index: int, env: Mapping[fx.Node, Any]) -> None:
         given = {k: env[v] if isinstance(v, fx.Node) else v for k, v in self.args.items()}
@@ -86,7 +103,8 @@ class _SiteRows:
         def cast(t: Tensor) -> Tensor:
             return t.to(compute)
 
-        delta1, A1 = shared_step(call, delta, delta_bias, A, K, D, compute, cast)
+        weights = {dtype: self.weights[:, None].to(dtype) for dtype in (delta.dtype, compute)}
+        delta1, A1 = shared_step(call, delta, delta_bias, A, weights, lambda t: t.dtype, compute, cast)
         us = u.unflatten(1, (K, D))
         z = ops.shared_scan(cast(us), delta1, A1, cast(B), cast(C), None, delta_softplus)  # (b, K, D, L)
         ys = y.unflatten(1, (K, D))
@@ -118,7 +136,7 @@ class _SiteRows:
         skip, bias = (torch.cat([getattr(f, name) for f in heads]) for name in ("s", "b"))
         if self.inverse is not None:  # of the merged map: each direction gets its share
             skip, bias = (t.repeat(self.groups) / self.groups for t in (skip, bias))
-        return RankFit(W, V, skip if self.skip else None, bias, energy, rows)
+        return RankFit(W, V, self.weights, skip if self.skip else None, bias, energy, rows)
 
 
 def reachable(gm: fx.GraphModule, sites: SiteList) -> SiteList:
@@ -146,14 +164,21 @@ def fit_sites(
     """
     rows = [_SiteRows(gm, site) for site in sites]
     executor = Executor(gm, [])
+
+    def sweep(readers: Mapping[fx.Node, Callable[..., None]]) -> None:
+        for index, batch in enumerate(data.sweep()):
+            batch = batch.to(executor.device)
+            with torch.no_grad():
+                executor.visit({n: partial(read, index) for n, read in readers.items()}, *batch.args, **batch.kwargs)
+
+    moments = {r: torch.zeros(3, r.groups, r.channels, dtype=torch.float64, device=executor.device) for r in rows}
+    sweep({r.scan: partial(r.add_energy, moments[r]) for r in rows})
     fits: dict[str, RankFit] = {}
     for some in _grouped(rows):
         sums = {r: r.sums(executor.device) for r in some}
-        for index, batch in enumerate(data.sweep()):
-            batch = batch.to(executor.device)
-            readers = {r.scan: partial(r.add, sums[r], index) for r in some}
-            with torch.no_grad():
-                executor.visit(readers, *batch.args, **batch.kwargs)
+        for r in some:
+            r.set_weights(moments[r])
+        sweep({r.scan: partial(r.add, sums[r]) for r in some})
         for r in some:
             if not bool(torch.isfinite(sums[r].halves).all()):
                 raise CalibrationError(f"{r.site.name}: the scan's values are not finite (nan or inf) on the calibration data")

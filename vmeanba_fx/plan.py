@@ -22,7 +22,7 @@ from .errors import PlanError
 from .files import parse_json, read_json, write_atomically
 from .fingerprint import Fingerprint
 from .fitting import AUTO_RANKS
-from .fitting_refit import REFIT, refit_sites
+from .fitting_refit import REFIT, Refit, refit_sites
 from .fitting_sites import fit_sites
 from .graph import SITE, copy_graph, scan_nodes
 from .passes import (
@@ -131,7 +131,7 @@ class Plan:
         max_drop: float | None = None,
         sites: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] = (),
-        refit: bool = False,
+        refit: Refit = False,
         model: nn.Module | None = None,
         calib_loader: Iterable[Any] | None = None,
         skip_passes: Iterable[str] = (),
@@ -141,8 +141,9 @@ class Plan:
         """A new ``GraphModule`` with the chosen sites replaced (see :meth:`choose`). Plan and model stay as they are.
 
         Args:
-            refit: give the layer that reads each replaced site out new weights, fitted to the original model's outputs
-                on the calibration data (see :mod:`vmeanba_fx.passes.refit`); no cost at run time.
+            refit: True gives the layer that reads each replaced site out new weights, fitted to the original model's
+                values on the calibration data (see :mod:`vmeanba_fx.passes.refit`); ``"all"`` also every later layer that
+                writes into a residual sum, and the last one. No cost at run time.
             model: where the plan was loaded from a file, the model to rewrite. Its graph and weights must be those
                 the plan was made from.
             calib_loader: calibration batches for ``refit`` and for ``reduce="rank"``, where the plan was loaded from a
@@ -175,9 +176,11 @@ class Plan:
         return [*lossy, *(Pass(run.__name__, run, exact=True) for run in exact)]
 
     def _fitted(
-        self, gm: fx.GraphModule, chosen: list[str], refit: bool, loader: Iterable[Any] | None
+        self, gm: fx.GraphModule, chosen: list[str], refit: Refit, loader: Iterable[Any] | None
     ) -> list[Pass]:
         """The lossy steps that need calibration data."""
+        if refit not in (False, True, "all"):
+            raise PlanError(f"refit={refit!r}: give True, False or 'all'")
         data = self.data if loader is None else Batches(loader, None, None, self.fingerprint.seed)
         ranked = self.reduction.kind == "rank"
         if data is None:
@@ -192,7 +195,7 @@ class Plan:
             self.fits = fits = fits | fit_sites(gm, missing, data, self.reduction)
             steps = [Pass("rank_scan", partial(rank_scan, fits={name: fits[name] for name in chosen}), exact=False)]
         if refit:
-            run = partial(refit_sites, original=copy_graph(gm), sites=chosen, data=data)
+            run = partial(refit_sites, original=copy_graph(gm), sites=chosen, data=data, how=refit)
             steps.append(Pass("refit", run, exact=False))
         return steps
 

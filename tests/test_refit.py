@@ -1,0 +1,195 @@
+"""Refitted layers: which are found, that they compensate, and that they leave alone what needs none."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from vmeanba_fx.passes import find_readout, mean_scan
+from vmeanba_fx.passes.refit import Readout
+
+import vmeanba_fx
+from tests import zoo
+from vmeanba_fx import PlanError
+from vmeanba_fx.batches import Batches
+from vmeanba_fx.fitting_refit import REFIT, refit_sites
+from vmeanba_fx.graph import copy_graph, scan_nodes
+
+LOADER = zoo.labelled(3, 6)
+
+
+def data_of(loader=LOADER) -> Batches:
+    return Batches(loader, None, None, 0)
+
+
+def captured(model: nn.Module, dtype=torch.float32):
+    return vmeanba_fx.capture(model.to(dtype), zoo.images(3, dtype=dtype))
+
+
+def readout_of(model: nn.Module) -> Readout | str:
+    gm = captured(model)
+    return find_readout(scan_nodes(gm)[0][1])
+
+
+def deviation(gm, original, loader=LOADER) -> float:
+    """Mean square of what the outputs moved by."""
+    with torch.no_grad():
+        return float(torch.cat([gm(x) - original(x) for x, _ in loader]).double().square().mean())
+
+
+# -- which layer ------------------------------------------------------------------------------------------------------
+
+
+class Gate(nn.Module):
+    """A gate computed from nothing but the position, then a depthwise convolution."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.gate = nn.Parameter(torch.randn(dim))
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, y: Tensor) -> Tensor:
+        y = self.norm(y) * torch.sigmoid(self.gate)
+        return self.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class Pointwise(nn.Module):
+    """A 1x1 convolution on channel-first maps."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 1, bias=False)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class Twice(nn.Module):
+    """Two layers read the scan."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(dim, dim), nn.Linear(dim, dim)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.a(y) * self.b(y)
+
+
+@pytest.mark.parametrize("after, layer", [
+    (None, "linear"), (Gate(6), "linear"), (nn.Identity(), "linear"), (zoo.RMSNorm(6), "linear"), (Pointwise(6), "conv2d"),
+])  # fmt: skip
+def test_the_next_pointwise_layer_is_found(after, layer):
+    found = readout_of(zoo.tiny(2, after=after))
+    assert isinstance(found, Readout) and found.layer.name.startswith(layer) and not found.is_norm
+    assert (found.stream is not None) == (layer == "linear")  # behind the convolution there is another layer
+
+
+def test_a_branching_scan_is_refused_by_name():
+    found = readout_of(zoo.tiny(2, after=Twice(6)))
+    assert isinstance(found, str) and "not all of it goes through that layer" in found
+
+
+def without_projection(after: nn.Module | None = None) -> nn.Module:
+    """The first site goes into the residual stream as it is."""
+    model = zoo.tiny(2, after=after)
+    model.blocks[0].op.out_proj = nn.Identity()
+    return model
+
+
+def test_where_no_layer_follows_the_norm_is_found_or_a_reason():
+    found = readout_of(without_projection())
+    assert isinstance(found, Readout) and found.is_norm
+    found = readout_of(without_projection(nn.Identity()))
+    assert isinstance(found, str) and "reads it, but not all of it" in found
+
+
+# -- what refitting does ----------------------------------------------------------------------------------------------
+
+
+def test_nothing_changes_where_nothing_was_replaced():
+    gm = captured(zoo.tiny(2), torch.float64)
+    same = refit_sites(copy_graph(gm), gm, ["blocks.0.op", "blocks.1.op"], data_of(doubled()))
+    x = zoo.images(4, seed=9, dtype=torch.float64)
+    with torch.no_grad():
+        assert zoo.relative_error(same(x), gm(x)) < 1e-12
+    assert [note.layer for note in same.meta[REFIT]] == ["linear_1", "linear_3"]
+
+
+def doubled():
+    return [(x.double(), y) for x, y in LOADER]
+
+
+@pytest.mark.parametrize("how", [True, "all"])
+@pytest.mark.parametrize("after", [None, Gate(6), Pointwise(6)])
+def test_the_error_falls_on_images_it_was_not_fitted_to(after, how):
+    model = zoo.tiny(2, after=after)
+    gm = captured(model)
+    names = ["blocks.0.op", "blocks.1.op"]
+    replaced = mean_scan(copy_graph(gm), names)
+    many = zoo.labelled(4, 16, seed=20)
+    fitted = refit_sites(copy_graph(replaced), gm, names, data_of(many), how=how)
+    held_out = zoo.labelled(2, 16, seed=90)
+    assert deviation(fitted, gm, held_out) < 0.9 * deviation(replaced, gm, held_out)
+    shapes = [tuple(t.shape) for t in fitted.state_dict().values()]
+    assert len([n for n in fitted.graph.nodes if n.op == "call_function"]) <= len(
+        [n for n in replaced.graph.nodes if n.op == "call_function"]
+    ), shapes
+
+
+def test_a_linear_change_is_undone():
+    """A layer that reads a scaled map is refitted to the original output exactly."""
+    gm = captured(zoo.tiny(1, after=nn.Identity()), torch.float64)
+    scaled = copy_graph(gm)
+    scan = scan_nodes(scaled)[0][1]
+    out = next(n for n in scaled.graph.nodes if n.target is torch.ops.aten.linear.default and n.name == "linear_1")
+    with scaled.graph.inserting_before(out):
+        node = scaled.graph.call_function(torch.ops.aten.mul.Tensor, (out.args[0], 1.25))
+    node.meta["val"] = out.args[0].meta["val"]
+    out.replace_input_with(out.args[0], node)
+    scaled.recompile()
+    assert scan is not None and deviation(scaled, gm, doubled()) > 1e-6
+    fitted = refit_sites(scaled, gm, ["blocks.0.op"], data_of(doubled()))
+    assert deviation(fitted, gm, doubled()) < 1e-8
+
+
+def test_the_norm_is_refitted_where_no_layer_follows():
+    gm = captured(without_projection())
+    replaced = mean_scan(copy_graph(gm), ["blocks.0.op"])
+    fitted = refit_sites(copy_graph(replaced), gm, ["blocks.0.op"], data_of())
+    [note] = fitted.meta[REFIT]
+    assert note.layer.startswith("layer_norm") and note.left < 0.9
+    assert deviation(fitted, gm) < deviation(replaced, gm)
+
+
+def test_refusals_are_reported_and_leave_the_site_as_it_is():
+    gm = captured(without_projection(nn.Identity()))
+    fitted = vmeanba_fx.transform(gm, LOADER, sites="blocks.0.op", refit=True)
+    plain = vmeanba_fx.transform(gm, LOADER, sites="blocks.0.op")
+    assert torch.equal(fitted(zoo.images(2)), plain(zoo.images(2)))
+    assert "blocks.0.op: not refitted" in str(vmeanba_fx.report(fitted))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("reduce", ["mean", "rank"])
+def test_half_precision_models(dtype, reduce):
+    gm = captured(zoo.tiny(1), dtype)
+    loader = [(x.to(dtype), y) for x, y in LOADER]
+    options = {"sites": "*", "reduce": reduce} | ({"rank": 2} if reduce == "rank" else {})
+    plain, fitted = (vmeanba_fx.transform(gm, loader, refit=r, **options) for r in (False, True))
+    assert fitted(loader[0][0]).dtype == dtype
+    assert deviation(fitted, gm, loader) < deviation(plain, gm, loader)
+
+
+def test_the_same_run_gives_the_same_bytes():
+    gm = captured(zoo.tiny(2))
+    a, b = (vmeanba_fx.transform(gm, LOADER, k=2, reduce="rank", rank=2, refit=True) for _ in range(2))
+    assert a.code == b.code
+    for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_plan_from_a_file_needs_data(tmp_path):
+    model = zoo.tiny(1)
+    plan = vmeanba_fx.calibrate(model, LOADER, score_sites=False)
+    plan.save(tmp_path / "plan.json")
+    with pytest.raises(PlanError, match="refit=True is fitted to calibration data"):
+        vmeanba_fx.Plan.load(tmp_path / "plan.json").apply(sites="*", model=model, refit=True)
