@@ -206,9 +206,9 @@ def test_damaged_reductions_are_refused(live, tmp_path, bad):
 
 
 def test_options_are_part_of_the_fingerprint(live):
-    plans = [vmeanba_fx.calibrate(live, LOADER, score_sites=False, **o) for o in (
-        {}, {"reduce": "rank"}, {"reduce": "rank", "rank": 2}, {"reduce": "rank", "rank": "auto"}, {"reduce": "rank", "energy": 0.5},
-    )]  # fmt: skip
+    ranks = ({}, {"rank": 2}, {"rank": "auto"}, {"energy": 0.5})
+    options = [{}, *({"reduce": "rank"} | r for r in ranks)]
+    plans = [vmeanba_fx.calibrate(live, LOADER, score_sites=False, **o) for o in options]
     prints = [p.fingerprint for p in plans]
     assert all(a.difference(b) for i, a in enumerate(prints) for b in prints[:i])
     assert "reduction" not in plans[0].to_dict()
