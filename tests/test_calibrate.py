@@ -91,7 +91,7 @@ def test_a_callable_metric_gets_outputs_and_the_loaders_batch(captured):
         seen.append(batch)
         return outputs.gather(1, batch[1][:, None])[:, 0]
 
-    plan = calibrate(captured, LOADER, metric=margin)
+    plan = calibrate(captured, LOADER, metric=margin, held_out=False)
     x, labels = together()
     with torch.no_grad():
         expected = [float(plan.apply(sites=s.name)(x).gather(1, labels[:, None]).double().mean()) for s in plan.sites]

@@ -11,6 +11,7 @@ import torch
 import vmeanba_fx
 from tests import zoo
 from vmeanba_fx import Plan, PlanError, SiteError, calibrate
+from vmeanba_fx.curve import Curve
 
 LOADER = zoo.labelled(2, 4)
 
@@ -22,9 +23,14 @@ def model():
 
 @pytest.fixture(scope="module")
 def plan(model):
-    """Scored by hand, so that the choices below are known: impacts 0.3, -0.1, 0.2 and 0.2."""
+    """Scored by hand, so that the choices below are known: impacts 0.3, -0.1, 0.2 and 0.2.
+
+    On the held-out half the loss with one, two, three and four sites replaced is worse by -0.1, 0.2, 0.15 and 0.7.
+    """
     made = calibrate(model, LOADER, metric="loss")
-    return Plan(**vars(made) | {"base": 1.0, "scores": [1.3, 0.9, 1.2, 1.2], "tiebreaks": [0.5, 0.5, 0.9, 0.1]})
+    curve = Curve(((1,), (3,), (2,), (0,)), False, base=2.0, values=(1.9, 2.2, 2.15, 2.7), margins=(0.1,) * 4, samples=4)
+    scored = {"base": 1.0, "scores": [1.3, 0.9, 1.2, 1.2], "tiebreaks": [0.5, 0.5, 0.9, 0.1], "curve": curve}
+    return Plan(**vars(made) | scored)
 
 
 NAMES = [f"blocks.{i}.op" for i in range(4)]
@@ -51,11 +57,21 @@ def test_direction_of_the_metric(plan):
 
 
 @pytest.mark.parametrize("max_drop, expected", [
-    (0, (1,)), (0.19, (1,)), (0.21, (1, 3)), (0.41, (1, 2, 3)), (0.71, (0, 1, 2, 3)), (100, (0, 1, 2, 3)),
+    (0, (1,)), (0.14, (1,)), (0.16, (1,)), (0.21, (1, 2, 3)), (0.69, (1, 2, 3)), (0.71, (0, 1, 2, 3)),
 ])  # fmt: skip
-def test_max_drop_bounds_the_sum_of_impacts(plan, max_drop, expected):
-    """A gain, as that of site 1, pays for no other site's loss."""
+def test_max_drop_stops_before_the_held_out_metric_falls_further(plan, max_drop, expected):
+    """Two sites cost 0.2 and three 0.15: at 0.16 the walk stops in front of the two, whatever comes behind."""
     assert plan.choose(max_drop=max_drop) == chosen(*expected)
+
+
+def test_max_drop_needs_measurements_of_sites_together(plan):
+    for curve in (None, Curve(plan.curve.order, True, ranked=(1.0,) * 4)):
+        without = Plan(**vars(plan) | {"curve": curve})
+        with pytest.raises(PlanError, match=r"replaced together on images that were held out.*held_out=True"):
+            without.choose(max_drop=1.0)
+    with pytest.raises(PlanError, match=r"max_drop= with exclude=: blocks.3.op .* give exclude= to calibrate"):
+        plan.choose(max_drop=0.21, exclude="blocks.3.op")
+    assert plan.choose(max_drop=0.21, exclude="blocks.0.op") == chosen(1, 2, 3)  # beyond what is replaced anyway
 
 
 def test_globs(plan):
@@ -65,7 +81,6 @@ def test_globs(plan):
     assert plan.choose(sites="*", exclude="blocks.2*") == chosen(0, 1, 3)
     assert plan.choose(2, exclude=["blocks.1.op"]) == chosen(2, 3)
     assert plan.choose(3, exclude=["blocks.1.op"]) == chosen(0, 2, 3)
-    assert plan.choose(max_drop=0.21, exclude="blocks.3.op") == chosen(1, 2)
 
 
 @pytest.mark.parametrize("options, message", [
@@ -78,6 +93,11 @@ def test_globs(plan):
     ({}, "give exactly one of"),
     ({"k": 1, "max_drop": 0.1}, "give exactly one of"),
     ({"k": 1, "sites": "*"}, "give exactly one of"),
+    ({"k": 1, "speedup": 1.1}, "give exactly one of"),
+    ({"speedup": 0.9}, "speedup=0.9: give a number of at least 1"),
+    ({"speedup": float("nan")}, "speedup=nan"),
+    ({"speedup": "2x"}, "speedup='2x'"),
+    ({"k": 1, "group_by": "stage"}, "group_by='stage': give 'module' or None"),
     ({"sites": "layers.*"}, r"sites: 'layers.\*' matches no site; the sites are blocks.0.op, blocks.1.op"),
     ({"sites": ["blocks.0.op", "blocks.9.op"]}, r"sites: 'blocks.9.op' matches no site"),
     ({"k": 1, "exclude": "nothing"}, r"exclude: 'nothing' matches no site"),
@@ -110,6 +130,9 @@ def test_table(plan):
     rows = {line.split()[0]: line.split() for line in plan.table(["blocks.1.op"]).splitlines() if "blocks" in line}
     assert rows["blocks.1.op"][-1] == "replaced" and rows["blocks.0.op"][-1] != "replaced"
     assert rows["blocks.0.op"][6:8] == ["+0.30000", "3"] and rows["blocks.1.op"][6:8] == ["-0.10000", "0"]
+    assert "replaced together in the order of their impacts on the other images, on 4 held-out samples" in text
+    steps = [line.split() for line in text.splitlines() if "held-out" not in line and line.split()[0] in list("1234")]
+    assert steps[1] == ["2", "blocks.3.op", "2.2", "+0.20000", "0.10000"]
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -186,7 +209,8 @@ def assign(*keys, value):
 
 HOSTILE = {
     "other format": (assign("format", value="pickle"), "its format is 'pickle'"),
-    "later version": (assign("version", value=2), "its version is 2, this release reads 1"),
+    "earlier version": (assign("version", value=1), "its version is 1, of an older release.*calibrate again"),
+    "later version": (assign("version", value=3), "its version is 3, this release reads 2"),
     "no version": (lambda c: c.pop("version"), "version"),
     "no sites": (assign("sites", value=[]), "site names are missing"),
     "sites are text": (assign("sites", value="all"), "sites is a str"),
@@ -211,6 +235,18 @@ HOSTILE = {
     "input of no dtype": (assign("inputs", 0, "dtype", value="load"), "an input described as"),
     "input of unknown form": (assign("inputs", 0, value={"path": "/etc/passwd"}), "an input described as"),
     "input that is an object": (assign("inputs", 0, value={"key": 0, "value": {}}), "an input described as"),
+    "too few estimates": (assign("estimates", value=[0.0]), "1 estimates for 4 sites"),
+    "interval of one number": (assign("intervals", value=[[0.0]] * 4), "not a pair of finite numbers"),
+    "flags are numbers": (assign("apart", value=[0, 1, 0]), "not a list of flags"),
+    "too many flags": (assign("apart", value=[True] * 4), "not a list of flags"),
+    "unknown group": (assign("group_by", value="stage"), "group_by='stage'"),
+    "curve is a list": (assign("curve", value=[]), "a curve with missing or unknown fields"),
+    "curve of other sites": (assign("curve", "order", value=[[0], [4]]), "one that is not there"),
+    "curve with a site twice": (assign("curve", "order", value=[[0], [0]]), "names a site twice"),
+    "curve of flags": (assign("curve", "order", value=[[True], [0]]), "one that is not there"),
+    "empty step of the curve": (assign("curve", "order", value=[[]]), "not a list of lists"),
+    "curve too short": (assign("curve", "values", value=[1.0]), "values of the curve are not finite numbers"),
+    "curve without base": (assign("curve", "base", value=None), "base of the curve is missing"),
     "refused are numbers": (assign("refused", value=[1]), "not a valid plan"),
 }  # fmt: skip
 

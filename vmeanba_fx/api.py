@@ -14,7 +14,7 @@ from .plan import Plan
 
 __all__ = ["apply_plan", "transform"]
 
-_CHOICE = ("max_drop", "sites", "exclude")
+_CHOICE = ("max_drop", "speedup", "sites", "exclude", "group_by")
 _APPLY = ("refit", "skip_passes", "verify", "dump")
 
 
@@ -32,9 +32,10 @@ def transform(
     Args:
         model: an ``nn.Module``, a traced ``torch.fx.GraphModule`` or an ``ExportedProgram``; it is not changed.
         calib_loader: batches of inputs, with labels or without.
-        k: how many sites to replace; or choose with ``max_drop=`` or ``sites=`` (see :meth:`Plan.choose`).
-        **options: of :func:`calibrate` (``metric``, ``mean``, ``reduce``, ``rank``, ``transform_fn``, ``seed``,
-            ``resume``, ...) and of :meth:`Plan.apply` (``exclude``, ``refit``, ``skip_passes``, ``verify``, ``dump``, ...).
+        k: how many sites to replace; or choose with ``max_drop=``, ``speedup=`` or ``sites=`` (see :meth:`Plan.choose`).
+        **options: of :func:`calibrate` (``metric``, ``score``, ``greedy``, ``mean``, ``reduce``, ``rank``,
+            ``transform_fn``, ``seed``, ``resume``, ...) and of :meth:`Plan.apply` (``exclude``, ``refit``,
+            ``skip_passes``, ``verify``, ``dump``, ...).
 
     Returns:
         A ``GraphModule`` on the model's device, in eval mode. ``print(vmeanba_fx.report(gm))`` tells what was done.
@@ -44,9 +45,12 @@ def transform(
     """
     choice = {name: options.pop(name) for name in _CHOICE if name in options}
     apply_options = {name: options.pop(name) for name in _APPLY if name in options}
+    options.setdefault("held_out", choice.get("max_drop") is not None)
     plan = calibrate(
         model,
         calib_loader,
+        exclude=choice.get("exclude", ()),
+        group_by=choice.get("group_by"),
         score_sites=k != 0 and choice.get("sites") is None,
         # Do not score for minutes to refuse afterwards.
         before_scoring=lambda unscored: unscored.check_choice(k, **choice),

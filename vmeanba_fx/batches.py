@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -33,7 +32,6 @@ class Batches:
             raise CalibrationError("the loader is a tensor: wrap it in a list, [images], to make it one batch")
         self.seed = seed
         self.digests: list[bytes] = []
-        self.chain = ""  # digest of all batches read so far, in order, as hex
         self._loader, self._transform, self._limit = loader, transform_fn, limit
         self._kept: list[Batch] | None = []
         self._bytes = 0
@@ -59,10 +57,18 @@ class Batches:
             return self._limit
         return n if self._limit is None else min(n, self._limit)
 
+    def chain_of(self, count: int) -> str:
+        """One digest of the first ``count`` batches, in order."""
+        return hashlib.sha256(b"".join(self.digests[:count])).hexdigest()
+
+    @property
+    def chain(self) -> str:
+        """One digest of all batches read so far."""
+        return self.chain_of(len(self))
+
     def __iter__(self) -> Iterator[Batch]:
         for batch in itertools.chain([self.first], self._stream):
             self.digests.append(batch.digest())
-            self.chain = hashlib.sha256(bytes.fromhex(self.chain) + self.digests[-1]).hexdigest()
             self._keep(batch)
             yield batch
 
@@ -80,13 +86,6 @@ class Batches:
             return
         with seeded(self.seed):
             yield from self
-
-    def unread(self) -> Batches:
-        """The same batches, once read, for a reader that starts from nothing."""
-        fresh = copy.copy(self)
-        fresh.digests, fresh.chain, fresh._kept, fresh._bytes = [], "", [], 0
-        fresh._stream = (batch for _, batch in self.again(lambda i: i > 0))
-        return fresh
 
     def again(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Batch]]:
         """(index, batch) for every batch whose index is ``wanted``, in order.

@@ -1,11 +1,12 @@
-"""The paper's layer impact score: how much a metric changes when only that site is replaced."""
+"""Scores of the sites of a model on calibration data, and the plan that comes of them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import fx, nn
@@ -13,11 +14,16 @@ from torch.export import ExportedProgram
 from tqdm.auto import tqdm
 
 from .batches import Batches, describe_inputs, seeded
+from .bootstrap import intervals, told_apart
 from .capture import capture
+from .choice import by_impact, check_group_by, match, units_of
+from .cost import cost_table
+from .curve import Curve, Walk
 from .errors import CalibrationError
 from .fingerprint import Fingerprint
 from .fitting_sites import fit_sites, reachable
-from .metrics import resolve_metric
+from .gradient import estimate_sites
+from .metrics import Metric, resolve_metric
 from .passes.mean_scan import Mean, check_mean
 from .plan import Plan
 from .reduction import Reduce, Reduction
@@ -25,6 +31,9 @@ from .replacing import Replacer
 from .resume import Saved
 from .scoring import Runner, measure_sites
 from .sites import find_sites
+from .tally import Tally, Units
+
+Score = Literal["measured", "gradient", "both"]
 
 __all__ = ["calibrate"]
 
@@ -38,6 +47,11 @@ def calibrate(
     reduce: Reduce = "mean",
     rank: int | Literal["auto"] | None = None,
     energy: float | None = None,
+    score: Score = "measured",
+    greedy: bool = False,
+    held_out: bool = True,
+    exclude: str | Sequence[str] = (),
+    group_by: str | None = None,
     transform_fn: Callable[[Any], Any] | None = None,
     max_batches: int | None = None,
     seed: int = 0,
@@ -53,12 +67,22 @@ def calibrate(
         model: any model :func:`vmeanba_fx.capture` takes; it is not changed.
         loader: batches of inputs, with or without labels (see :func:`vmeanba_fx.metrics.unpack`).
         metric: ``"accuracy"``, ``"loss"``, ``"kl"`` or ``callable(outputs, batch) -> float tensor``; by default
-            accuracy where there are labels and kl where there are none.
+            accuracy (with gradients, loss) where there are labels and kl where there are none.
         mean: variant of the replacement that is scored, see :mod:`vmeanba_fx.passes.mean_scan`.
         reduce: ``"mean"``, the paper's block, or ``"rank"``: scans of ``rank`` channels per direction with projections
             fitted to the data, see :mod:`vmeanba_fx.passes.rank_scan`. One more pass over the loader.
         rank: channels per direction (4), or ``"auto"``: the least of 1, 2, 4, 8, 16 that explains ``energy`` of a scan.
         energy: share of the scan's energy for ``rank="auto"`` (0.9).
+        score: ``"measured"`` runs the model once per site and batch. ``"gradient"`` estimates all impacts from a few
+            backward passes per batch (:mod:`vmeanba_fx.gradient`). ``"both"`` does both and tells their correlation.
+        greedy: after every replacement, score the remaining sites again on top of those replaced, so that interactions
+            count; ``apply(k=)`` then follows that order. About n/2 times the cost, for n sites.
+        held_out: rank on one half of the data and measure on the other half what the first 1, 2, ... sites replaced
+            together cost, as ``apply(max_drop=)`` needs. Half the batches are held out, of a single batch every second
+            image. The scores themselves, and with them ``k=`` without ``greedy``, are of all data, and so are the fits of
+            ``reduce="rank"``.
+        exclude: names or globs of sites that ``greedy`` and ``held_out`` leave alone.
+        group_by: ``"module"`` replaces the scans of a module together there, and in choosing by default.
         transform_fn: maps a batch of the loader to ``(inputs, labels)``.
         max_batches: stop after so many batches.
         seed: seeds torch's generators while the loader runs, so that a shuffling loader gives the same data again.
@@ -76,15 +100,19 @@ def calibrate(
     """
     check_mean(mean)
     reduction = Reduction.of(reduce, rank, energy)
+    check_group_by(group_by)
+    if score not in get_args(Score):
+        raise CalibrationError(f"score={score!r}: choose one of {', '.join(map(repr, get_args(Score)))}")
     if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
         raise CalibrationError(f"max_batches={max_batches!r}: give a whole number of at least 1, or None for all")
     with seeded(seed):
         batches = Batches(loader, transform_fn, max_batches, seed)
-        gm = capture(model, batches.first.args, batches.first.kwargs, dynamic_size=dynamic_size)
-        sites = find_sites(gm)
+        with torch.random.fork_rng(devices=[]):  # a second pass over the loader, without a capture, draws the same
+            gm = capture(model, batches.first.args, batches.first.kwargs, dynamic_size=dynamic_size)
+            sites = find_sites(gm)
         if reduction.kind == "rank":
             sites = reachable(gm, sites)
-        chosen = resolve_metric(metric, batches.first.labels is not None)
+        chosen = _metric(metric, score, batches.first.labels is not None)
         options = {"mean": mean, "metric": chosen.name, "dynamic_size": dynamic_size} | reduction.options()
         plan = Plan(
             sites=list(sites),
@@ -99,31 +127,99 @@ def calibrate(
             fingerprint=Fingerprint.of(gm, seed=seed, options=options),
             inputs=describe_inputs(batches.first),
             reduction=reduction,
+            group_by=group_by,
             graph=gm,
             data=batches,
         )
+        units = units_of(sites, group_by, match(sites, exclude, "exclude"))
         if before_scoring is not None:
             before_scoring(plan)
         if not score_sites:
             return plan
         if reduction.kind == "rank":
             plan.fits.update(fit_sites(gm, sites, batches, reduction))
-            batches = batches.unread()
         saved = Saved(resume, plan.fingerprint)
         runner = Runner(gm, sites, chosen, Replacer(gm, sites, mean, plan.fits))
-        total = batches.expected()
+        ways = _ways(score, greedy, held_out)
+        if progress or (progress is None and sys.stderr.isatty()):
+            with torch.no_grad():
+                text = cost_table(runner, batches.first, batches.expected(), ways, held_out)
+            tqdm.write(text, file=sys.stderr)
         bar = tqdm(
-            total=None if total is None else total * len(sites), desc=f"scoring {len(sites)} sites",
+            total=_runs(batches.expected(), len(sites), len(units), ways), desc=f"scoring {len(sites)} sites",
             unit="run", disable=None if progress is None else not progress, leave=False,
         )  # fmt: skip
-        with bar, torch.no_grad():
-            tally = measure_sites(runner, batches, saved, bar)
-    base, *rest = tally.all.means()
+        with bar:
+            tallies: dict[str, Tally] = {}
+            if "measured" in ways:
+                with torch.no_grad():
+                    tallies["measured"] = measure_sites(runner, batches, saved, bar)
+            if "gradient" in ways:
+                tallies["gradient"] = estimate_sites(runner, batches, saved, bar, seed=seed)
+            plan = _with_scores(plan, tallies, seed)
+            tally = tallies.get("measured") or tallies["gradient"]
+            walk = Walk(runner, batches, saved, bar, seed=seed, gradient=score == "gradient")
+            curve = None
+            if greedy and units:
+                curve = walk.greedy(units, whole=not (held_out and tally.held_out.samples))
+            if held_out and units and tally.held_out.samples:
+                order = _impacts(plan, tally.ranking)
+                curve = curve or Curve(tuple(by_impact(units, *order)), False)
+                with torch.no_grad():
+                    curve = walk.judge(curve, _span(plan))
+    return replace(plan, curve=curve, fingerprint=plan.fingerprint.with_data(batches.chain))
+
+
+def _metric(metric: str | Callable[..., Any] | None, score: Score, has_labels: bool) -> Metric:
+    if score == "measured":
+        return resolve_metric(metric, has_labels)
+    found = resolve_metric(("loss" if has_labels else "kl") if metric is None else metric, has_labels)
+    if found.name == "accuracy":
+        raise CalibrationError(f"score={score!r}: the accuracy has no gradient; use metric='loss' or 'kl'")
+    return found
+
+
+def _ways(score: Score, greedy: bool, held_out: bool) -> list[str]:
+    scored = ["measured", "gradient"] if score == "both" else [score]
+    return scored + ["greedy"] * greedy + ["held out"] * held_out
+
+
+def _runs(batches: int | None, sites: int, units: int, ways: Sequence[str]) -> int | None:
+    """Steps of the progress bar."""
+    if batches is None:
+        return None
+    half = (batches + 1) // 2
+    steps = {"measured": batches * sites, "gradient": batches, "held out": max(batches - half, 1) * units}
+    steps["greedy"] = (half if "held out" in ways else batches) * units * (units + 1) // 2
+    return sum(steps[way] for way in ways)
+
+
+def _with_scores(plan: Plan, tallies: dict[str, Tally], seed: int) -> Plan:
+    """``plan`` with what was scored: means over all data, and how far they can be trusted."""
+    n = len(plan.sites)
+    for way, tally in tallies.items():
+        base, *rest = tally.all.means()
+        if way == "measured":
+            plan = replace(plan, base=base, scores=rest[:n], tiebreaks=rest[n:], samples=tally.all.samples)
+        else:
+            plan = replace(plan, base=base if plan.base is None else plan.base, samples=tally.all.samples)
+            plan = replace(plan, estimates=[plan.worse(value, base) for value in rest])
+    counts, sums = (tallies.get("measured") or tallies["gradient"]).all.tensors()
+    worse = sums[:, :1] - sums[:, 1 : 1 + n] if plan.higher_is_better else sums[:, 1 : 1 + n] - sums[:, :1]
     return replace(
         plan,
-        base=base,
-        scores=rest[: len(sites)],
-        tiebreaks=rest[len(sites) :],
-        samples=tally.all.samples,
-        fingerprint=plan.fingerprint.with_data(batches.chain),
+        intervals=intervals(counts, worse, seed=seed, span=_span(plan)),
+        apart=told_apart(counts, worse, plan.order(), seed=seed),
     )
+
+
+def _impacts(plan: Plan, half: Units) -> tuple[list[float], list[float]]:
+    """Impacts and tie breaks of the sites on one half of the data."""
+    n = len(plan.sites)
+    base, *rest = half.means()
+    return [plan.worse(value, base) for value in rest[:n]], rest[n:]
+
+
+def _span(plan: Plan) -> float | None:
+    """The most that one image can change the metric by, where that is known."""
+    return 1.0 if plan.metric == "accuracy" else None

@@ -1,27 +1,32 @@
-"""Which sites to replace: what the user asks for, checked, and answered from the scores of a plan."""
+"""Which sites to replace: what the user asks for, checked, and answered from what a plan holds."""
 
 from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .errors import SiteError
+from .errors import PlanError, SiteError
+from .sites import Site
 
 if TYPE_CHECKING:
+    from .curve import Unit
     from .plan import Plan
+    from .timing import Times
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One way of choosing (``k``, ``max_drop`` or ``sites``) and what must stay; see :meth:`Plan.choose`."""
+    """One way of choosing (``k``, ``max_drop``, ``speedup`` or ``sites``) and what must stay; see :meth:`Plan.choose`."""
 
     k: int | None = None
     max_drop: float | None = None
+    speedup: float | None = None
     sites: str | Sequence[str] | None = None
     exclude: str | Sequence[str] = ()
+    group_by: str | None = None
 
     def check(self, plan: Plan) -> tuple[set[str], set[str]]:
         """The names that ``sites`` and ``exclude`` match; needs no scores.
@@ -29,61 +34,164 @@ class Choice:
         Raises:
             SiteError: the choice cannot be made on this plan.
         """
-        if sum(option is not None for option in (self.k, self.max_drop, self.sites)) != 1:
-            raise SiteError("say how to choose: give exactly one of k=, max_drop= and sites=")
-        named = _match(plan, self.sites, "sites") if self.sites is not None else set()
-        kept_out = _match(plan, self.exclude, "exclude")
+        if sum(option is not None for option in (self.k, self.max_drop, self.speedup, self.sites)) != 1:
+            raise SiteError("say how to choose: give exactly one of k=, max_drop=, speedup= and sites=")
+        check_group_by(self.group_by)
+        named = match(plan.sites, self.sites, "sites") if self.sites is not None else set()
+        kept_out = match(plan.sites, self.exclude, "exclude")
         if self.k is not None:
-            free = len(plan.sites) - len(kept_out)
+            by = self._group_by(plan)
+            free, what = len(units_of(plan.sites, by, kept_out)), "sites" if by is None else f"{by}s"
             if not isinstance(self.k, int) or isinstance(self.k, bool):
                 raise SiteError(f"k={self.k!r}: give a whole number")
             if not 0 <= self.k <= free:
-                raise SiteError(f"k={self.k}: this model has {free} sites to replace, so k can be 0 to {free}")
-        if self.max_drop is not None:
-            number = isinstance(self.max_drop, (int, float)) and not isinstance(self.max_drop, bool)
-            if not number or not math.isfinite(self.max_drop) or self.max_drop < 0:
-                raise SiteError(
-                    f"max_drop={self.max_drop!r}: give a number of at least 0, in units of the metric {plan.metric!r}"
-                )
+                raise SiteError(f"k={self.k}: this model has {free} {what} to replace, so k can be 0 to {free}")
+        if self.max_drop is not None and not (_finite(self.max_drop) and self.max_drop >= 0):
+            raise SiteError(
+                f"max_drop={self.max_drop!r}: give a number of at least 0, in units of the metric {plan.metric!r}"
+            )
+        if self.speedup is not None and not (_finite(self.speedup) and self.speedup >= 1):
+            raise SiteError(f"speedup={self.speedup!r}: give a number of at least 1, as in speedup=1.3")
         return named, kept_out
 
-    def names(self, plan: Plan) -> list[str]:
-        """Names of the chosen sites, in graph order.
+    def names(self, plan: Plan, times: Callable[[], Times]) -> list[str]:
+        """Names of the chosen sites, in graph order; ``times`` is called where measured times are needed.
 
         Raises:
-            SiteError: see :meth:`check`.
-            PlanError: the choice needs scores and the plan has none.
+            SiteError: see :meth:`check`, or the speedup cannot be reached.
+            PlanError: the plan does not hold what the choice needs.
         """
         named, kept_out = self.check(plan)
-        free = [s.name for s in plan.sites if s.name not in kept_out]
         if self.sites is not None:
-            return [name for name in free if name in named]
-        if self.k == 0:
-            return []
-        if self.k == len(free):
-            return free
-        ranked = [i for i in plan.order() if plan.sites[i].name not in kept_out]
-        picked = set(ranked[: self.k]) if self.k is not None else _within(plan, ranked, self.max_drop)
-        return [s.name for i, s in enumerate(plan.sites) if i in picked]
+            return [s.name for s in plan.sites if s.name in named and s.name not in kept_out]
+        units = units_of(plan.sites, self._group_by(plan), kept_out)
+        if self.k is not None:
+            trivial = self.k in (0, len(units))
+            picked = units[: self.k] if trivial else self._ranked(plan, units)[: self.k]
+        elif self.max_drop is not None:
+            picked = self._within(plan, kept_out)
+        else:
+            picked = self._fast(plan, units, times())
+        chosen = {i for unit in picked for i in unit}
+        return [s.name for i, s in enumerate(plan.sites) if i in chosen]
+
+    def _group_by(self, plan: Plan) -> str | None:
+        return plan.group_by if self.group_by is None else self.group_by
+
+    def _ranked(self, plan: Plan, units: list[Unit]) -> list[Unit]:
+        """``units``, least harmful first: in the greedy order where the plan has one, else by their impacts."""
+        if plan.curve is None or not plan.curve.greedy:
+            return by_impact(units, plan.impacts(), plan.tiebreaks)
+        self._require_same_units(plan)
+        ranked = [unit for unit in plan.curve.order if unit in units]
+        if len(ranked) < min(self.k or 0, len(units)):
+            raise PlanError(
+                f"k={self.k}: the greedy order of this plan has {len(ranked)} of these {len(units)}, the others were "
+                "excluded when it was made: calibrate without exclude="
+            )
+        return ranked
+
+    def _within(self, plan: Plan, kept_out: set[str]) -> list[Unit]:
+        """The longest start of the plan's curve on which the metric never falls further than ``max_drop``."""
+        plan.impacts()  # a plan without scores says so
+        if plan.curve is None or plan.curve.base is None:
+            raise PlanError(
+                "max_drop= needs the metric measured with several sites replaced together on images that were held "
+                "out, which this plan does not have: calibrate with held_out=True and at least two batches"
+            )
+        self._require_same_units(plan)
+        picked: list[Unit] = []
+        for unit, drop in zip(plan.curve.order, plan.drops(), strict=True):
+            if drop > self.max_drop:
+                break
+            stays = [plan.sites[i].name for i in unit if plan.sites[i].name in kept_out]
+            if stays:
+                raise PlanError(
+                    f"max_drop= with exclude=: {', '.join(stays)} is among the sites that were replaced together when "
+                    "this plan was measured: give exclude= to calibrate"
+                )
+            picked.append(unit)
+        return picked
+
+    def _fast(self, plan: Plan, units: list[Unit], times: Times) -> list[Unit]:
+        impacts = plan.impacts()
+        saved = [sum(times.saved[i] for i in unit) for unit in units]
+        costs = [sum(impacts[i] for i in unit) for unit in units]
+        picked = knapsack(costs, saved, times.base * (1 - 1 / self.speedup))
+        if picked is None:
+            most = times.speedup([i for unit, gain in zip(units, saved, strict=True) if gain > 0 for i in unit])
+            raise SiteError(
+                f"speedup={self.speedup}: the most that replacing sites reaches is {most:.3f}, by the times measured on "
+                f"{times.device} ({times.base * 1e3:.3g} ms unchanged)"
+            )
+        return [units[j] for j in picked]
+
+    def _require_same_units(self, plan: Plan) -> None:
+        if self._group_by(plan) != plan.group_by:
+            raise PlanError(
+                f"this plan was measured with group_by={plan.group_by!r}: calibrate with group_by={self.group_by!r}"
+            )
 
 
-def _within(plan: Plan, ranked: list[int], max_drop: float) -> set[int]:
-    total, picked = 0.0, set()
-    for i in ranked:
-        total += max(plan.impact(i), 0.0)
-        if total > max_drop:
-            break
-        picked.add(i)
-    return picked
+def check_group_by(group_by: Any) -> None:
+    """Raise ``SiteError`` unless sites can be grouped by this."""
+    if group_by not in (None, "module"):
+        raise SiteError(f"group_by={group_by!r}: give 'module' or None")
 
 
-def _match(plan: Plan, patterns: str | Sequence[str], what: str) -> set[str]:
+def units_of(sites: Sequence[Site], group_by: str | None, kept_out: Iterable[str] = ()) -> list[Unit]:
+    """Indices of the sites that are replaced together; a group of which one site must stay, stays whole."""
+    groups: dict[str, list[int]] = {}
+    for i, site in enumerate(sites):
+        groups.setdefault(site.name if group_by is None else site.name.split("#")[0], []).append(i)
+    stays = set(kept_out)
+    return [tuple(unit) for unit in groups.values() if not any(sites[i].name in stays for i in unit)]
+
+
+def by_impact(units: Sequence[Unit], impacts: Sequence[float], tiebreaks: Sequence[float]) -> list[Unit]:
+    """``units`` by the sum of their sites' impacts, least harmful first; ties by ``tiebreaks``, then by position."""
+    ties = tiebreaks or [0.0] * len(impacts)
+    return sorted(units, key=lambda u: (sum(impacts[i] for i in u), sum(ties[i] for i in u), u))
+
+
+def knapsack(costs: Sequence[float], gains: Sequence[float], needed: float) -> list[int] | None:
+    """The items of least total cost that gain at least ``needed``; None where all together do not.
+
+    Exact, over the Pareto front of (gain, cost). A negative cost pays for no other item's; it only breaks ties. Items that
+    gain nothing are never taken.
+    """
+    enough = needed * (1 - 1e-12)
+    front: list[tuple[float, float, float, tuple[int, ...]]] = [(0.0, 0.0, 0.0, ())]  # gain, cost, tie, items
+    for i, (cost, gain) in enumerate(zip(costs, gains, strict=True)):
+        if gain <= 0:
+            continue
+        taken = [
+            (min(g + gain, needed), c + max(cost, 0.0), tie + min(cost, 0.0), (*items, i))
+            for g, c, tie, items in front
+        ]  # fmt: skip
+        merged = sorted(front + taken, key=lambda s: (-s[0], s[1], s[2], len(s[3]), s[3]))
+        front = []
+        for state in merged:
+            if not front or state[1:3] < front[-1][1:3]:
+                front.append(state)
+    reached = [state for state in front if state[0] >= enough]
+    return list(min(reached, key=lambda s: s[1:3])[3]) if reached else None
+
+
+def match(sites: Sequence[Site], patterns: str | Sequence[str], what: str) -> set[str]:
+    """Names of sites that equal a pattern or match it as a glob.
+
+    Raises:
+        SiteError: a pattern matches nothing.
+    """
     found: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        names = [s.name for s in plan.sites if s.name == pattern or fnmatch.fnmatchcase(s.name, pattern)]
+        names = [s.name for s in sites if s.name == pattern or fnmatch.fnmatchcase(s.name, pattern)]
         if not names:
-            raise SiteError(
-                f"{what}: {pattern!r} matches no site; the sites are {', '.join(s.name for s in plan.sites)}"
-            )
+            raise SiteError(f"{what}: {pattern!r} matches no site; the sites are {', '.join(s.name for s in sites)}")
         found.update(names)
     return found
+
+
+def _finite(v: Any) -> bool:
+    return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)

@@ -66,6 +66,10 @@ class Executor:
             return tensor.device
         return torch.device("cpu")
 
+    def share_below(self, point: fx.Node) -> float:
+        """The share of the graph's nodes that :meth:`rerun` runs for an override of ``point``."""
+        return len(self._below[point]) / len(self.nodes)
+
     @staticmethod
     def to_device(values: Any, device: torch.device) -> Any:
         return pytree.tree_map_only(Tensor, lambda t: t.to(device), values)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,8 +15,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from .batches import Batches
+from .bootstrap import spearman
 from .capture import capture, capture_info, is_captured
-from .choice import Choice
+from .choice import Choice, by_impact
+from .curve import Curve
 from .errors import PlanError
 from .files import parse_json, read_json, write_atomically
 from .fingerprint import Fingerprint
@@ -31,22 +32,20 @@ from .passes import (
     channels_last,
     cleanup,
     drop_annihilated,
-    fuse_shared,
     fuse_ss2d,
     mean_scan,
     merge_skips,
     rank_scan,
     run_passes,
 )
-from .passes.mean_scan import Mean, check_mean
+from .passes.mean_scan import Mean
+from .plan_file import dtype_of, plan_dict, plan_fields
 from .reduction import Reduction
-from .report import Report, attach_plan, attach_report, site_table
+from .report import Report, Speed, attach_plan, attach_report, plan_text, site_table
 from .sites import Site
+from .timing import Times, device_name, measure_times
 
 __all__ = ["Plan"]
-
-_FORMAT = "vmeanba_fx.plan"
-_VERSION = 1
 
 
 @dataclass
@@ -54,7 +53,11 @@ class Plan:
     """Sites with their impact scores, and how to apply a choice of them.
 
     ``scores[i]`` is the metric with only site i replaced, ``base`` that of the unchanged model; :meth:`impact` is the
-    paper's layer impact score, positive where the metric got worse. ``samples`` is how many samples were scored.
+    paper's layer impact score, positive where the metric got worse. ``estimates[i]`` is the gradient score: what the
+    impact of site i would be by the derivatives of the unchanged model. Either may be empty. ``samples`` is how many
+    samples were scored, ``intervals[i]`` the 95 % bootstrap interval (low, high) of impact i, ``apart[r]`` whether the
+    impacts of the sites ranked r and r+1 differ beyond chance. ``curve`` is the metric with several sites replaced
+    together, in units of ``group_by``.
     """
 
     sites: list[Site]
@@ -69,46 +72,85 @@ class Plan:
     fingerprint: Fingerprint
     inputs: list[dict[str, Any]] = field(default_factory=list)
     reduction: Reduction = field(default_factory=Reduction)
+    estimates: list[float] = field(default_factory=list)
+    intervals: list[tuple[float, float]] = field(default_factory=list)
+    apart: list[bool] = field(default_factory=list)
+    group_by: str | None = None
+    curve: Curve | None = None
     graph: fx.GraphModule | None = field(default=None, repr=False, compare=False)
     data: Batches | None = field(default=None, repr=False, compare=False)
     fits: dict[str, RankFit] = field(default_factory=dict, repr=False, compare=False)
+    times: Times | None = field(default=None, repr=False, compare=False)
 
     # -- scores and choice ------------------------------------------------------------------------------------------
 
+    @property
+    def scored(self) -> bool:
+        """Whether sites can be ranked."""
+        return self.base is not None and bool(self.scores or self.estimates)
+
     def impact(self, index: int) -> float:
-        """Layer impact score of site ``index``: how much worse the metric gets when only that site is replaced."""
-        if self.base is None or not self.scores:
+        """Layer impact score of site ``index``: how much worse the metric gets when only that site is replaced.
+
+        Measured where the plan holds measured scores, estimated by gradients where it does not.
+        """
+        if not self.scored:
             raise PlanError("this plan has no scores: calibrate the model first")
-        change = self.base - self.scores[index]
+        return self.worse(self.scores[index]) if self.scores else self.estimates[index]
+
+    def impacts(self) -> list[float]:
+        """:meth:`impact` of every site."""
+        return [self.impact(i) for i in range(len(self.sites))] if self.sites else []
+
+    def drops(self) -> list[float]:
+        """How much worse the metric is on the held-out images with the first 1, 2, ... units of ``curve`` replaced."""
+        return [] if self.curve is None else [self.worse(v, self.curve.base) for v in self.curve.values]
+
+    def worse(self, value: float, base: float | None = None) -> float:
+        """By how much ``value`` of the metric is worse than ``base`` (by default, that of the unchanged model)."""
+        change = (self.base if base is None else base) - value
         return change if self.higher_is_better else -change
+
+    def correlation(self) -> float | None:
+        """Spearman's rank correlation of measured and gradient scores; None where one is missing or does not vary."""
+        if not (self.scores and self.estimates):
+            return None
+        return spearman([self.worse(v) for v in self.scores], self.estimates)
 
     def order(self) -> list[int]:
         """Site indices from least to most harmful. Ties go to the smaller shift of the outputs (KL), then by position."""
-        ties = self.tiebreaks or [0.0] * len(self.sites)
-        return sorted(range(len(self.sites)), key=lambda i: (self.impact(i), ties[i], i))
+        return [i for (i,) in by_impact([(i,) for i in range(len(self.sites))], self.impacts(), self.tiebreaks)]
 
     def choose(
         self,
         k: int | None = None,
         *,
         max_drop: float | None = None,
+        speedup: float | None = None,
         sites: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] = (),
+        group_by: str | None = None,
     ) -> list[str]:
-        """Names of the sites to replace, in graph order. Give exactly one of ``k``, ``max_drop`` and ``sites``.
+        """Names of the sites to replace, in graph order. Give one of ``k``, ``max_drop``, ``speedup`` and ``sites``.
 
         Args:
-            k: replace the k sites of least impact.
-            max_drop: replace as many sites, least harmful first, as keep the *sum of their impacts* at or below this,
-                in units of the metric. Impacts are measured one by one, so the sum is an estimate.
+            k: replace the k sites of least impact; the first k of the greedy order where the plan has one.
+            max_drop: replace sites one after the other, least harmful first, and stop before the metric falls by more
+                than this, in units of the metric. Judged by measurements of the first 1, 2, 3, ... sites replaced
+                together, on images that had no part in the ranking.
+            speedup: the sites that together make the model this many times faster with the least sum of impacts, by
+                times measured now on the model's device (:mod:`vmeanba_fx.timing`).
             sites: names or globs of the sites to replace.
             exclude: names or globs of sites that must stay.
+            group_by: ``"module"`` replaces all scans of a module together, and ``k`` counts modules. By default what
+                the plan was calibrated with.
 
         Raises:
             SiteError: ``k`` is not an int, negative or larger than what can be replaced; a name or glob matches
-                nothing; not exactly one way of choosing is given.
+                nothing; not exactly one way of choosing is given; the speedup cannot be reached.
+            PlanError: the plan does not hold what the choice needs.
         """
-        return Choice(k, max_drop, sites, exclude).names(self)
+        return Choice(k, max_drop, speedup, sites, exclude, group_by).names(self, self.measure_times)
 
     def flops_replaced(self, site: Site, cleaned: bool = True) -> int:
         """Operations of the replaced site; ``cleaned``: the exact passes remove what a LayerNorm absorbs."""
@@ -122,6 +164,28 @@ class Plan:
         """Raise what :meth:`choose` raises for a choice that cannot be made; needs no scores."""
         Choice(k, **choice).check(self)
 
+    def measure_times(self, model: nn.Module | None = None) -> Times:
+        """Time the optimised model on its device, as it is and with sites replaced; measured once, then remembered.
+
+        Inputs have the size of the first calibration batch.
+        """
+        return self._times_of(self._graph_for(model))
+
+    def _times_of(self, gm: fx.GraphModule, loader: Iterable[Any] | None = None) -> Times:
+        if self.times is None or self.times.device != device_name(gm):
+            info = capture_info(gm)
+            example = self._example_inputs() if self.inputs else (info.args, info.kwargs)
+            device = next((t.device for t in (*gm.parameters(), *gm.buffers())), torch.device("cpu"))
+            args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(device), example)
+
+
+            def rewrite(names: list[str]) -> fx.GraphModule:
+                return run_passes(copy_graph(gm), self._steps(gm, names, loader=loader))[0]
+
+            ranks = {name: fit.rank for name, fit in self.fits.items()}
+            self.times = measure_times(self.sites, rewrite, args, kwargs, ranks)
+        return self.times
+
     # -- applying ---------------------------------------------------------------------------------------------------
 
     def apply(
@@ -129,8 +193,10 @@ class Plan:
         k: int | None = None,
         *,
         max_drop: float | None = None,
+        speedup: float | None = None,
         sites: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] = (),
+        group_by: str | None = None,
         refit: Refit = False,
         model: nn.Module | None = None,
         calib_loader: Iterable[Any] | None = None,
@@ -156,23 +222,33 @@ class Plan:
             SiteError: see :meth:`choose`.
             PlanError: no model is at hand, or it is not the one of this plan; or no data are, where they are needed.
         """
-        chosen = self.choose(k, max_drop=max_drop, sites=sites, exclude=exclude)
         gm = self._graph_for(model)
+        choice = Choice(k, max_drop, speedup, sites, exclude, group_by)
+        chosen = choice.names(self, lambda: self._times_of(gm, calib_loader))
         info = capture_info(gm)
-        passes = self._passes(chosen)
-        if chosen and (refit or self.reduction.kind == "rank"):
-            exact = [step for step in passes if step.name != "mean_scan"]
-            passes = [*self._fitted(gm, chosen, refit, calib_loader), *exact]
+        passes = self._steps(gm, chosen, refit, calib_loader)
         device = next((t.device for t in (*gm.parameters(), *gm.buffers())), torch.device("cpu"))
         args = pytree.tree_map_only(Tensor, lambda t: t.to(device), (info.args, info.kwargs)) if verify else None
         gm, records = run_passes(gm, passes, skip=skip_passes, verify_args=args, dump=dump)
-        attach_report(gm, Report.of(self, chosen, records, gm, gm.meta.pop(REFIT, ())))
+        speed = None
+        if speedup is not None and self.times is not None:
+            predicted = self.times.speedup(i for i, s in enumerate(self.sites) if s.name in chosen)
+            speed = Speed(speedup, predicted, self.times.against(gm), self.times.device)
+        attach_report(gm, Report.of(self, chosen, records, gm.meta.pop(REFIT, ()), speed))
         attach_plan(gm, self.to_dict())
         return gm
 
+    def _steps(
+        self, gm: fx.GraphModule, chosen: list[str], refit: Refit = False, loader: Iterable[Any] | None = None
+    ) -> list[Pass]:
+        passes = self._passes(chosen)
+        if not chosen or not (refit or self.reduction.kind == "rank"):
+            return passes
+        return [*self._fitted(gm, chosen, refit, loader), *(step for step in passes if step.name != "mean_scan")]
+
     def _passes(self, chosen: list[str]) -> list[Pass]:
         lossy = [Pass("mean_scan", partial(mean_scan, sites=chosen, mean=self.mean), exact=False)] if chosen else []
-        exact = (drop_annihilated, merge_skips, fuse_ss2d, fuse_shared, channels_last, cleanup)
+        exact = (drop_annihilated, merge_skips, fuse_ss2d, channels_last, cleanup)
         return [*lossy, *(Pass(run.__name__, run, exact=True) for run in exact)]
 
     def _fitted(
@@ -223,7 +299,7 @@ class Plan:
     def _example_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs = [], {}
         for item in self.inputs:
-            example = item["value"] if "value" in item else torch.zeros(item["shape"], dtype=_dtype(item["dtype"]))
+            example = item["value"] if "value" in item else torch.zeros(item["shape"], dtype=dtype_of(item["dtype"]))
             if isinstance(item["key"], int):
                 args.append(example)
             else:
@@ -237,21 +313,11 @@ class Plan:
         return site_table(self, set(chosen))
 
     def __str__(self) -> str:
-        lines = [self.table()]
-        if self.base is not None:
-            lines.append(f"{self.metric} of the unchanged model: {self.base:.6g} ({self.samples} samples)")
-        lines += [f"{name}: not a site, {why}" for name, why in self.refused]
-        return "\n".join(lines)
+        return plan_text(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the graph, JSON-ready."""
-        return {
-            "format": _FORMAT, "version": _VERSION, "metric": self.metric, "higher_is_better": self.higher_is_better,
-            "mean": self.mean, "base": self.base, "samples": self.samples, "scores": self.scores,
-            "tiebreaks": self.tiebreaks, "sites": [s.to_dict() for s in self.sites],
-            "refused": [list(r) for r in self.refused], "inputs": self.inputs,
-            "fingerprint": self.fingerprint.to_dict(),
-        } | ({} if self.reduction.kind == "mean" else {"reduction": self.reduction.to_dict()})  # fmt: skip
+        """Everything but the graph and times, JSON-ready."""
+        return plan_dict(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; the file is complete or not there at all."""
@@ -274,94 +340,6 @@ class Plan:
     @classmethod
     def _checked(cls, content: dict[str, Any], name: str) -> Plan:
         try:
-            return cls._from_dict(content)
+            return cls(**plan_fields(content))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise PlanError(f"{name} is not a valid plan: {error}") from None
-
-    @classmethod
-    def _from_dict(cls, d: dict[str, Any]) -> Plan:
-        if d.get("format") != _FORMAT:
-            raise ValueError(f"its format is {d.get('format')!r}, expected {_FORMAT!r}")
-        if d.get("version") != _VERSION:
-            raise ValueError(f"its version is {d.get('version')!r}, this release reads {_VERSION}")
-        sites = [_site(s) for s in _typed(d, "sites", list)]
-        if not sites or len({s.name for s in sites}) != len(sites):
-            raise ValueError("site names are missing or not unique")
-        scores, ties = _numbers(d, "scores"), _numbers(d, "tiebreaks")
-        for name, values in (("scores", scores), ("tiebreaks", ties)):
-            if len(values) not in (0, len(sites)):
-                raise ValueError(f"{len(values)} {name} for {len(sites)} sites")
-        base = d["base"]
-        if (base is None) != (not scores) or (base is not None and not _is_number(base)):
-            raise ValueError("base is missing or not a finite number")
-        check_mean(_typed(d, "mean", str))
-        inputs = _typed(d, "inputs", list)
-        _check_inputs(inputs)
-        refused = [(str(a), str(b)) for a, b in _typed(d, "refused", list)]
-        return cls(
-            sites, refused, _typed(d, "metric", str), _typed(d, "higher_is_better", bool), d["mean"],
-            None if base is None else float(base), scores, ties, _typed(d, "samples", int),
-            Fingerprint.from_dict(d["fingerprint"]), inputs,
-            Reduction.from_dict(d["reduction"]) if "reduction" in d else Reduction(),
-        )  # fmt: skip
-
-
-def _typed(d: dict[str, Any], key: str, kind: type) -> Any:
-    if key not in d:
-        raise ValueError(f"{key} is missing")
-    if not isinstance(d[key], kind) or (kind is int and isinstance(d[key], bool)):
-        raise ValueError(f"{key} is a {type(d[key]).__name__}, expected {kind.__name__}")
-    return d[key]
-
-
-def _is_number(v: Any) -> bool:
-    return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
-
-
-def _numbers(d: dict[str, Any], key: str) -> list[float]:
-    values = _typed(d, key, list)
-    if not all(map(_is_number, values)):
-        raise ValueError(f"{key} holds something that is not a finite number")
-    return [float(v) for v in values]
-
-
-_FIELDS: dict[str, Callable[[Any], bool]] = {
-    name: (lambda v, kind=kind: isinstance(v, kind) and (kind is bool or not isinstance(v, bool)))
-    for name, kind in {
-        "name": str, "groups": int, "channels": int, "state": int, "length": int, "dtype": str, "skip": bool,
-        "gate": bool, "annihilated": bool, "reason": str,
-    }.items()
-}  # fmt: skip
-
-
-def _site(d: Any) -> Site:
-    if not isinstance(d, dict) or set(d) != set(_FIELDS):
-        raise ValueError("a site with missing or unknown fields")
-    for name, ok in _FIELDS.items():
-        if not ok(d[name]):
-            raise ValueError(f"a site whose {name} is {d[name]!r}")
-    return Site(**d)
-
-
-_MAX_ELEMENTS = 2**28  # of all example inputs together: reading a plan must not allocate without bound
-
-
-def _check_inputs(inputs: list[Any]) -> None:
-    elements = 0
-    for item in inputs:
-        if not isinstance(item, dict) or not isinstance(item.get("key"), (int, str)):
-            raise ValueError(f"an input described as {str(item)[:80]}")
-        if set(item) == {"key", "value"} and not isinstance(item["value"], (list, dict)):
-            continue
-        shape = item.get("shape")
-        whole = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
-        if set(item) != {"key", "shape", "dtype"} or not whole or _dtype(item["dtype"]) is None:
-            raise ValueError(f"an input described as {str(item)[:80]}")
-        elements += math.prod(shape)
-    if elements > _MAX_ELEMENTS:
-        raise ValueError(f"example inputs of {elements} elements")
-
-
-def _dtype(name: Any) -> torch.dtype | None:
-    found = getattr(torch, name, None) if isinstance(name, str) else None
-    return found if isinstance(found, torch.dtype) else None

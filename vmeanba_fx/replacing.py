@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import fx
@@ -11,7 +11,7 @@ from .errors import CalibrationError
 from .execute import Computed
 from .graph import SITE, copy_graph, graph_modules, read_attribute, scan_nodes
 from .passes.mean_scan import Mean, mean_scan, mean_scan_tensors, scan_arguments
-from .passes.rank_scan import RankFit, rank_scan_tensors
+from .passes.rank_scan import RankFit, rank_scan, rank_scan_tensors
 from .sites import Site
 
 
@@ -63,9 +63,15 @@ class Replacer:
         for node, points in inside.items():
             names = tuple(p.site.name for p in points)
             if (node, names) not in self._patched:
-                self._patched[node, names] = mean_scan(copy_graph(points[0].body), names, mean=self.mean)
+                self._patched[node, names] = self.rewrite(copy_graph(points[0].body), names)
             out[node] = self._patched[node, names]
         return out
+
+    def rewrite(self, gm: fx.GraphModule, names: Collection[str]) -> fx.GraphModule:
+        """``gm`` (changed in place) with the scans of these sites replaced for good."""
+        fits = {name: self.fits[name] for name in names if name in self.fits}
+        gm = rank_scan(gm, fits) if fits else gm
+        return mean_scan(gm, [name for name in names if name not in fits], mean=self.mean)
 
     def _replacement(self, scan: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
         args = {k: value(v) if isinstance(v, fx.Node) else v for k, v in scan_arguments(scan).items()}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 from torch import fx
 
 from .errors import VMeanbaError
-from .graph import NOT_FUSED, SITE, graph_modules
 from .passes.manager import PassRecord
 
 if TYPE_CHECKING:
@@ -23,11 +22,26 @@ _PLAN = "vmeanba_fx.plan"
 
 
 @dataclass(frozen=True)
+class Speed:
+    """How many times faster than the exactly optimised model: asked for, predicted and measured, on ``device``."""
+
+    asked: float
+    predicted: float
+    measured: float
+    device: str
+
+    def __str__(self) -> str:
+        return (
+            f"speedup {self.asked:g} asked for, {self.predicted:.3f} predicted, {self.measured:.3f} measured "
+            f"({self.device}, against the exact passes alone)"
+        )
+
+
+@dataclass(frozen=True)
 class Report:
     """``chosen``: names of the replaced sites. ``table``: all sites as printed. ``passes``: what each pass changed.
 
     ``ranks``: channels per direction of the replaced sites, with ``reduce="rank"``. ``refitted``: one sentence per layer.
-    ``unfused``: why the exact passes left a site on the scanned copies of its map, by site.
     ``flops_before``/``flops_after``: operations of all scans at batch 1, as the paper's authors count them.
     """
 
@@ -42,13 +56,14 @@ class Report:
     table: str = field(repr=False)
     ranks: dict[str, int] = field(default_factory=dict)
     refitted: tuple[str, ...] = ()
-    unfused: dict[str, str] = field(default_factory=dict)
+    speed: Speed | None = None
 
     @classmethod
     def of(
-        cls, plan: Plan, chosen: list[str], records: list[PassRecord], gm: fx.GraphModule, refitted: Iterable[object] = ()
-    ) -> Report:
-        impacts = {s.name: plan.impact(i) for i, s in enumerate(plan.sites)} if plan.scores else {}
+        cls, plan: Plan, chosen: list[str], records: list[PassRecord], refitted: Iterable[object] = (),
+        speed: Speed | None = None,
+    ) -> Report:  # fmt: skip
+        impacts = {s.name: plan.impact(i) for i, s in enumerate(plan.sites)} if plan.scored else {}
         # The literal block keeps its scan unless the exact pass removed it.
         cleaned = any(r.name == "drop_annihilated" for r in records)
         after = sum(s.flops() if s.name not in chosen else plan.flops_replaced(s, cleaned) for s in plan.sites)
@@ -56,7 +71,7 @@ class Report:
         return cls(
             tuple(chosen), plan.metric, plan.base, impacts, plan.mean, before, after, tuple(records), plan.table(chosen),
             {name: plan.fits[name].rank for name in chosen if name in plan.fits}, tuple(map(str, refitted)),
-            reasons(gm),
+            speed,
         )  # fmt: skip
 
     @property
@@ -73,9 +88,9 @@ class Report:
             self.table,
             f"{total} site{'s' if total != 1 else ''} replaced (lossy, {self.how}); "
             f"scan FLOPs {self.flops_before:,} -> {self.flops_after:,} per image",
+            *([] if self.speed is None else [str(self.speed)]),
             *map(str, self.passes),
             *self.refitted,
-            *(f"{site}: not fused, {why}" for site, why in self.unfused.items()),
         ]
         return "\n".join(lines)
 
@@ -84,7 +99,8 @@ class Report:
             "chosen": list(self.chosen), "metric": self.metric, "base": self.base, "impacts": self.impacts,
             "mean": self.mean, "ranks": self.ranks, "refitted": list(self.refitted),
             "flops_before": self.flops_before, "flops_after": self.flops_after,
-            "passes": [p.to_dict() for p in self.passes], "unfused": self.unfused,
+            "passes": [p.to_dict() for p in self.passes],
+            "speed": None if self.speed is None else asdict(self.speed),
         }  # fmt: skip
 
     @classmethod
@@ -104,6 +120,8 @@ class Report:
         try:
             known = {f.name: d[f.name] for f in fields(cls) if f.name in d}
             passes = tuple(PassRecord(**record) for record in d["passes"])
+            if known.get("speed") is not None:
+                known["speed"] = Speed(**known["speed"])
             found = cls(
                 **known | {"chosen": tuple(d["chosen"]), "passes": passes, "refitted": tuple(d.get("refitted", ()))}
             )
@@ -111,12 +129,6 @@ class Report:
         except (TypeError, ValueError) as error:
             raise ValueError(f"a report of unknown form: {error}") from None
         return found
-
-
-def reasons(gm: fx.GraphModule) -> dict[str, str]:
-    """Sentences that the exact passes left at sites they could not fuse."""
-    nodes = [n for owner in graph_modules(gm) for n in owner.graph.nodes if NOT_FUSED in n.meta]
-    return {str(n.meta.get(SITE, n.name)): n.meta[NOT_FUSED] for n in nodes}
 
 
 def report(gm: fx.GraphModule) -> Report:
@@ -148,14 +160,79 @@ def plan_of(gm: fx.GraphModule) -> dict[str, Any] | None:
 def site_table(plan: Plan, chosen: set[str]) -> str:
     """tabulate table of a plan's sites; FLOPs are per image, as the paper's authors count them (millions)."""
     rows = []
-    ranks = {i: r for r, i in enumerate(plan.order())} if plan.scores else {}
+    ranks = {i: r for r, i in enumerate(plan.order())} if plan.scored else {}
     for i, s in enumerate(plan.sites):
-        impact = f"{plan.impact(i):+.5f}" if plan.scores else "-"
+        impact = f"{plan.impact(i):+.5f}" if plan.scored else "-"
+        estimate = [f"{plan.estimates[i]:+.5f}"] if plan.scores and plan.estimates else []
         rows.append(
-            [s.name, s.groups, s.channels, s.state, s.length, s.kind, impact, ranks.get(i, "-"),
-             f"{s.flops() / 1e6:.3g}", f"{plan.flops_replaced(s) / 1e6:.3g}", "replaced" if s.name in chosen else ""]
+            [s.name, s.groups, s.channels, s.state, s.length, s.kind, impact, ranks.get(i, "-"), _margin(plan, i),
+             *estimate, f"{s.flops() / 1e6:.3g}", f"{plan.flops_replaced(s) / 1e6:.3g}",
+             "replaced" if s.name in chosen else ""]
         )  # fmt: skip
-    head = ["site", "K", "D", "N", "L", "kind", f"impact ({plan.metric})", "rank", "MFLOPs", "after", "chosen"]
-    return tabulate(
-        rows, head, disable_numparse=True, colalign=("left", *["right"] * 4, "left", *["right"] * 4, "left")
-    )
+    what = f"impact ({plan.metric})" if plan.scores or not plan.scored else f"gradient impact ({plan.metric})"
+    gradient = ["gradient"] if plan.scores and plan.estimates else []
+    head = ["site", "K", "D", "N", "L", "kind", what, "rank", "+-", *gradient, "MFLOPs", "after", "chosen"]
+    align = ("left", *["right"] * 4, "left", *["right"] * (len(head) - 7), "left")
+    return tabulate(rows, head, disable_numparse=True, colalign=align)
+
+
+def _margin(plan: Plan, i: int) -> str:
+    if not plan.intervals:
+        return "-"
+    low, high = plan.intervals[i]
+    return f"{(high - low) / 2:.5f}"
+
+
+def plan_text(plan: Plan) -> str:
+    """What ``print(plan)`` shows."""
+    lines = [plan.table()]
+    if plan.base is not None:
+        lines.append(f"{plan.metric} of the unchanged model: {plan.base:.6g} ({plan.samples} samples)")
+    if plan.intervals:
+        lines.append("+-: half of the 95 % bootstrap interval of the impact")
+    if alike := _alike(plan):
+        lines.append(f"cannot be told apart on these {plan.samples} samples: {alike}")
+    if plan.scores and plan.estimates:
+        found = plan.correlation()
+        text = "one of them does not vary" if found is None else f"rank correlation {found:.2f} (Spearman)"
+        lines.append(f"gradient against measured impact: {text}")
+    if plan.curve is not None:
+        lines.append(_curve_table(plan))
+    lines += [f"{name}: not a site, {why}" for name, why in plan.refused]
+    return "\n".join(lines)
+
+
+def _alike(plan: Plan) -> str:
+    """Runs of neighbours in the ranking whose impacts may be the same."""
+    if not plan.scored or len(plan.apart) != len(plan.sites) - 1:
+        return ""
+    names = [plan.sites[i].name for i in plan.order()]
+    runs = [[names[0]]]
+    for name, apart in zip(names[1:], plan.apart, strict=True):
+        if apart:
+            runs.append([name])
+        else:
+            runs[-1].append(name)
+    return "; ".join(" ~ ".join(run) for run in runs if len(run) > 1)
+
+
+def _curve_table(plan: Plan) -> str:
+    """The metric with the first 1, 2, ... units of the curve replaced together."""
+    curve = plan.curve
+    how = "in greedy order" if curve.greedy else "in the order of their impacts on the other images"
+    if curve.base is None:
+        judged = "on the images that the order was chosen on (nothing was held out)"
+        pairs = [(v, plan.worse(v), "-") for v in curve.ranked]
+    else:
+        judged = f"on {curve.samples} held-out samples, {plan.metric} of the unchanged model {curve.base:.6g}"
+        margins = [f"{m:.5f}" for m in curve.margins] or ["-"] * len(curve.order)
+        pairs = list(zip(curve.values, plan.drops(), margins, strict=True))
+    if not pairs:
+        return ""
+    rows = [
+        [step, ", ".join(plan.sites[i].name for i in unit), f"{value:.6g}", f"{drop:+.5f}", margin]
+        for step, (unit, (value, drop, margin)) in enumerate(zip(curve.order, pairs, strict=True), 1)
+    ]
+    table = tabulate(rows, ["replaced", "the last one", plan.metric, "worse by", "+-"], disable_numparse=True,
+                     colalign=("right", "left", "right", "right", "right"))  # fmt: skip
+    return f"replaced together {how}, {judged}:\n{table}"

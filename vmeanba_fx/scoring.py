@@ -113,10 +113,10 @@ def measure_sites(runner: Runner, batches: Batches, saved: Saved, bar: Any) -> T
             columns += shifts
         return torch.stack([c.cpu() for c in columns]), run.weight
 
-    return first_pass(measure, (1 + n, 1 + 2 * n), batches, saved, SINGLES, lambda: bar.update(n))
+    return whole_pass(measure, (1 + n, 1 + 2 * n), batches, saved, SINGLES, lambda: bar.update(n))
 
 
-def first_pass(
+def whole_pass(
     measure: Callable[[int, Batch], tuple[Tensor, int]],
     widths: Sequence[int],
     batches: Batches,
@@ -125,6 +125,8 @@ def first_pass(
     skipped: Callable[[], Any],
 ) -> Tally:
     """``measure`` on all batches in order, added up and saved after each; those of the state file are not run again.
+
+    Reads the loader where nobody has yet, and goes through its batches again where somebody has.
 
     Args:
         measure: (values (columns, n), weight) of a batch.
@@ -143,9 +145,10 @@ def first_pass(
 
     tally, known = saved.read(name, parse) or (None, "")
     done = tally.batches if tally is not None else 0
-    for index, batch in enumerate(batches):
+    stream = batches.again(lambda _: True) if len(batches) else enumerate(batches)
+    for index, batch in stream:
         if index < done:
-            if index + 1 == done and batches.chain != known:
+            if index + 1 == done and batches.chain_of(done) != known:
                 raise PlanError(f"{saved.path} belongs to other calibration data: remove it, or give the same data")
             skipped()
             continue
@@ -153,7 +156,7 @@ def first_pass(
         if tally is None:
             tally = Tally(len(values))
         tally.add(values, weight)
-        saved.write(**{name: {"columns": tally.columns, "chain": batches.chain, "tally": tally.to_dict()}})
+        saved.write(**{name: {"columns": tally.columns, "chain": batches.chain_of(index + 1), "tally": tally.to_dict()}})
     if len(batches) < done:
         raise PlanError(
             f"{saved.path} was made from more batches than the loader gives now: remove it, or give the same data"

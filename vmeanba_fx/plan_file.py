@@ -1,0 +1,148 @@
+"""The plan as JSON: every field checked, nothing executed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .choice import check_group_by
+from .curve import Curve
+from .errors import SiteError
+from .fingerprint import Fingerprint
+from .passes.mean_scan import check_mean
+from .reduction import Reduction
+from .sites import Site
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+_FORMAT = "vmeanba_fx.plan"
+_VERSION = 2
+
+
+def plan_dict(plan: Plan) -> dict[str, Any]:
+    """What :func:`plan_fields` reads."""
+    return {
+        "format": _FORMAT, "version": _VERSION, "metric": plan.metric, "higher_is_better": plan.higher_is_better,
+        "mean": plan.mean, "base": plan.base, "samples": plan.samples, "scores": plan.scores,
+        "tiebreaks": plan.tiebreaks, "sites": [s.to_dict() for s in plan.sites],
+        "refused": [list(r) for r in plan.refused], "inputs": plan.inputs,
+        "estimates": plan.estimates, "intervals": [list(pair) for pair in plan.intervals], "apart": plan.apart,
+        "group_by": plan.group_by, "curve": None if plan.curve is None else plan.curve.to_dict(),
+        "fingerprint": plan.fingerprint.to_dict(),
+    } | ({} if plan.reduction.kind == "mean" else {"reduction": plan.reduction.to_dict()})  # fmt: skip
+
+
+def plan_fields(d: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of :class:`Plan` from JSON.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is not what :func:`plan_dict` gave.
+    """
+    if d.get("format") != _FORMAT:
+        raise ValueError(f"its format is {d.get('format')!r}, expected {_FORMAT!r}")
+    if d.get("version") == 1:
+        raise ValueError("its version is 1, of an older release; it has no held-out measurements: calibrate again")
+    if d.get("version") != _VERSION:
+        raise ValueError(f"its version is {d.get('version')!r}, this release reads {_VERSION}")
+    sites = [_site(s) for s in _typed(d, "sites", list)]
+    if not sites or len({s.name for s in sites}) != len(sites):
+        raise ValueError("site names are missing or not unique")
+    lists = {name: _numbers(d, name) for name in ("scores", "tiebreaks", "estimates")}
+    intervals = [_pair(pair) for pair in _typed(d, "intervals", list)]
+    for name, values in {**lists, "intervals": intervals}.items():
+        if len(values) not in (0, len(sites)):
+            raise ValueError(f"{len(values)} {name} for {len(sites)} sites")
+    apart = _typed(d, "apart", list)
+    if len(apart) not in (0, len(sites) - 1) or not all(isinstance(v, bool) for v in apart):
+        raise ValueError("apart is not a list of flags, one for each pair of neighbours")
+    base = d["base"]
+    scored = bool(lists["scores"] or lists["estimates"])
+    if (base is None) == scored or (base is not None and not _is_number(base)):
+        raise ValueError("base is missing or not a finite number")
+    check_mean(_typed(d, "mean", str))
+    try:
+        check_group_by(d["group_by"])
+    except SiteError as error:
+        raise ValueError(str(error)) from None
+    inputs = _typed(d, "inputs", list)
+    _check_inputs(inputs)
+    return {
+        "sites": sites, "refused": [(str(a), str(b)) for a, b in _typed(d, "refused", list)],
+        "metric": _typed(d, "metric", str), "higher_is_better": _typed(d, "higher_is_better", bool),
+        "mean": d["mean"], "base": None if base is None else float(base), "samples": _typed(d, "samples", int),
+        "fingerprint": Fingerprint.from_dict(d["fingerprint"]), "inputs": inputs, "intervals": intervals,
+        "reduction": Reduction.from_dict(d["reduction"]) if "reduction" in d else Reduction(), "apart": apart,
+        "group_by": d["group_by"],
+        "curve": None if d["curve"] is None else Curve.from_dict(d["curve"], len(sites)), **lists,
+    }  # fmt: skip
+
+
+def _pair(pair: Any) -> tuple[float, float]:
+    if not isinstance(pair, list) or len(pair) != 2 or not all(map(_is_number, pair)):
+        raise ValueError("an interval is not a pair of finite numbers")
+    return float(pair[0]), float(pair[1])
+
+
+def _typed(d: dict[str, Any], key: str, kind: type) -> Any:
+    if key not in d:
+        raise ValueError(f"{key} is missing")
+    if not isinstance(d[key], kind) or (kind is int and isinstance(d[key], bool)):
+        raise ValueError(f"{key} is a {type(d[key]).__name__}, expected {kind.__name__}")
+    return d[key]
+
+
+def _is_number(v: Any) -> bool:
+    return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+
+
+def _numbers(d: dict[str, Any], key: str) -> list[float]:
+    values = _typed(d, key, list)
+    if not all(map(_is_number, values)):
+        raise ValueError(f"{key} holds something that is not a finite number")
+    return [float(v) for v in values]
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    name: (lambda v, kind=kind: isinstance(v, kind) and (kind is bool or not isinstance(v, bool)))
+    for name, kind in {
+        "name": str, "groups": int, "channels": int, "state": int, "length": int, "dtype": str, "skip": bool,
+        "gate": bool, "annihilated": bool, "reason": str,
+    }.items()
+}  # fmt: skip
+
+
+def _site(d: Any) -> Site:
+    if not isinstance(d, dict) or set(d) != set(_FIELDS):
+        raise ValueError("a site with missing or unknown fields")
+    for name, ok in _FIELDS.items():
+        if not ok(d[name]):
+            raise ValueError(f"a site whose {name} is {d[name]!r}")
+    return Site(**d)
+
+
+_MAX_ELEMENTS = 2**28  # of all example inputs together: reading a plan must not allocate without bound
+
+
+def _check_inputs(inputs: list[Any]) -> None:
+    elements = 0
+    for item in inputs:
+        if not isinstance(item, dict) or not isinstance(item.get("key"), (int, str)):
+            raise ValueError(f"an input described as {str(item)[:80]}")
+        if set(item) == {"key", "value"} and not isinstance(item["value"], (list, dict)):
+            continue
+        shape = item.get("shape")
+        whole = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+        if set(item) != {"key", "shape", "dtype"} or not whole or dtype_of(item["dtype"]) is None:
+            raise ValueError(f"an input described as {str(item)[:80]}")
+        elements += math.prod(shape)
+    if elements > _MAX_ELEMENTS:
+        raise ValueError(f"example inputs of {elements} elements")
+
+
+def dtype_of(name: Any) -> torch.dtype | None:
+    found = getattr(torch, name, None) if isinstance(name, str) else None
+    return found if isinstance(found, torch.dtype) else None
