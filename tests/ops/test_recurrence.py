@@ -32,38 +32,15 @@ def test_rows(length, window, reverse, monkeypatch):
 
 
 @pytest.mark.parametrize("foreach", [True, False])
-@pytest.mark.parametrize("elements", [5, 70_000])
-def test_steps(foreach, elements, monkeypatch, two_threads):
+@pytest.mark.parametrize("width", [5, 70_000])
+def test_steps(foreach, width, monkeypatch, two_threads):
     """Both ways to issue the steps, also on vectors long enough for PyTorch to use several threads."""
     monkeypatch.setattr(recurrence, "_foreach_is_sequential", lambda: foreach)
     make = Maker()
-    a, b, state = make.normal(elements, 40).sigmoid(), make.normal(elements, 40), make.normal(elements)
-    for start in (None, state):
-        first = b[:, :1] + (0 if start is None else a[:, :1] * start[:, None])
-        expected = loop(a, torch.cat([first, b[:, 1:]], 1))
-        steps = b.t().contiguous()
-        recurrence.scan_steps_(a.t().contiguous().unbind(0), steps.unbind(0), start)
-        torch.testing.assert_close(steps.t(), expected)
-    product = a.t().contiguous()
-    recurrence.product_steps_(product.unbind(0))
-    torch.testing.assert_close(product.t(), a.cumprod(1))
-
-
-@pytest.mark.parametrize("steps", [1, 2, 3, 7, 16, 100])
-@pytest.mark.parametrize("width", [0, 100, 10**9], ids=["one after another", "few chunks", "many chunks"])
-@pytest.mark.parametrize("foreach", [True, False])
-def test_wide(steps, width, foreach, monkeypatch):
-    """From a state to a state, with any number of chunks and steps left over; the second call goes on from the first."""
-    monkeypatch.setattr(recurrence, "_foreach_is_sequential", lambda: foreach)
-    make = Maker()
-    a, b = make.normal(2, 3, 2 * steps, 5).sigmoid(), make.normal(2, 3, 2 * steps, 5)
-    expected = loop(a.movedim(2, -1), b.movedim(2, -1)).movedim(-1, 2)
-    state = torch.zeros(2, 3, 5, dtype=torch.float64)
-    for part in (slice(0, steps), slice(steps, None)):
-        h = b[:, :, part].clone()
-        recurrence.scan_wide_(a[:, :, part].clone(), h, state, width)
-        torch.testing.assert_close(h, expected[:, :, part])
-        torch.testing.assert_close(state, h[:, :, -1])
+    a, b = make.normal(width, 12).sigmoid().t().contiguous(), make.normal(width, 12).t().contiguous()
+    expected = loop(a.t(), b.t()).t()
+    recurrence.scan_steps_(a.unbind(0), b.unbind(0))
+    torch.testing.assert_close(b, expected)
 
 
 def test_foreach_is_used_with_this_torch():

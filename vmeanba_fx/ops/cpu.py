@@ -1,7 +1,8 @@
 """The scans in vectorised PyTorch: no Python loop over time, work space of a fixed size.
 
-Written for the CPU, where they are the implementation. They run on any device, and CUDA falls back on them where its
-kernels do not apply (float64, no CuPy). Two ways to compute the same thing, chosen by shape:
+The implementation on the CPU where Numba is not installed (`cpu_jit` is several times as fast), and for float64. They run on
+any device, and CUDA falls back on them where its kernels do not apply (float64, no CuPy). Two ways to compute the same
+thing, chosen by shape:
 
     rows   every channel's states with time innermost, as the inputs lie: for small N, few channels, shared decays
     steps  time outermost, so that one step is a wide vector: for the full scan with N > 2 and many channels
@@ -18,20 +19,19 @@ from torch import Tensor
 
 from . import checks, cpu_jit
 from .library import LIBRARY
-from .recurrence import scan_rows, scan_wide_
+from .recurrence import scan_rows, scan_steps_
 from .tiles import blocks, tiles
 
 LOG2_E = math.log2(math.e)
 
-# Elements of one work-space tensor: four (rows) are in use, or two (steps) for each thread. Found by timing. Larger ones
-# fall out of the cache, and the C library gives their memory back after each call and has to fault it in for the next.
-_ROWS_BUDGET = 1 << 19
-_STEPS_BUDGET = 3 << 17
-# States that advance together in a step, for each thread; and the fewest for which "steps" is worth it.
-_STEP_WIDTH = 24_576
+# Elements of one work-space tensor; four (rows) or two (steps) of them are in use. Found by timing: they stay in cache.
+_ROWS_BUDGET = 1 << 18
+_STEPS_BUDGET = 3 << 18
+# States that advance together in a step (B x K x D x N of a tile), and the fewest for which "steps" is worth it.
+_STEP_WIDTH = 49_152
 _FEWEST_STATES = 1_024
-# Elements of u that "steps" transposes at a time, to time outside of channels.
-_TRANSPOSED_BUDGET = 1 << 18
+# Elements of u that "steps" transposes at a time, to time outermost.
+_TRANSPOSED_BUDGET = 1 << 20
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -111,8 +111,7 @@ def _scan(u, delta, A, B, C, bias, softplus, D, z, out):
         dt = step_size(delta[item, group, own], part(bias, group, own), softplus, u)
         a, b = discretise(dt, x, A[group, own], B[item, group])
         y = _read_states(scan_rows(a, b, spoil=True), C[item, group, None].to(dt.dtype))
-        _add_skip_and_gate_(y, x, part(D, group, channel), part(z, item, group, channel))
-        out[item, group, channel] = y
+        out[item, group, channel] = _with_skip_and_gate(y, x, part(D, group, channel), part(z, item, group, channel))
 
 
 def part(tensor: Tensor | None, *index: slice) -> Tensor | None:
@@ -145,29 +144,33 @@ def _read_states(h: Tensor, C: Tensor) -> Tensor:
     return h[:, :, :, 0] if h.shape[3] == 1 else h.sum(3)
 
 
-def _add_skip_and_gate_(y: Tensor, u: Tensor, D: Tensor | None, z: Tensor | None) -> None:
-    """y becomes (y + D u) silu(z). All (B, K, D, L) but D (K, D)."""
+def _with_skip_and_gate(y: Tensor, u: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """(y + D u) silu(z), spoiling y. All (B, K, D, L) but D (K, D)."""
     if D is not None:
         y.addcmul_(u.to(y.dtype), D[..., None].to(y.dtype))
     if z is not None:
         y.mul_(F.silu(z.to(y.dtype)))
+    return y
 
 
 def _scan_by_steps(u, delta, A, B, C, bias, softplus, D, z, out):
-    """`_scan` with time outside channels and states: t_... are (batch items, groups, steps, ...)."""
+    """`_scan` with time outside channels and states: t_... are (batch items, groups, steps, ...).
+
+    Pairs of batch item and group stay outermost. PyTorch gives each thread a range of the outermost dim, in the
+    operations on all steps as in those on one, so that every thread finds its own pairs in its own cache.
+    """
     batch, K, channels, length = u.shape
     N, dtype, device = A.shape[2], compute_dtype(u), u.device
-    threads = torch.get_num_threads()
     decay = (A.to(dtype) * LOG2_E).transpose(1, 2)  # (K, N, D)
-    for item, group, channel in tiles(batch, K, channels, N, _STEP_WIDTH * threads):
+    for item, group, channel in tiles(batch, K, channels, N, _STEP_WIDTH):
         x_tile, delta_tile = u[item, group, channel], delta[item, group, channel]
         b_size, k_size, d_size = x_tile.shape[:3]
-        rows = b_size * k_size * d_size
-        steps = max(1, min(length, _STEPS_BUDGET * threads // (rows * N)))
-        block = steps * max(1, _TRANSPOSED_BUDGET // (rows * steps))
+        pairs = b_size * k_size
+        block = min(length, max(64, _TRANSPOSED_BUDGET // (pairs * d_size)))
+        steps = max(1, min(block, _STEPS_BUDGET // (pairs * d_size * N)))
         decay_tile = decay[group, None, :, channel].contiguous()
         state = torch.zeros(b_size, k_size, N, d_size, dtype=dtype, device=device)
-        space = torch.empty(2, steps * state.numel(), dtype=dtype, device=device)
+        space = torch.empty(2, pairs * steps * N * d_size, dtype=dtype, device=device)
 
         for now in blocks(length, block):
             x = x_tile[..., now]
@@ -176,20 +179,23 @@ def _scan_by_steps(u, delta, A, B, C, bias, softplus, D, z, out):
             t_x = dt.mul_(x).transpose(2, 3).contiguous()
             t_B = B[item, group, :, now].to(dtype).transpose(2, 3).contiguous()
             t_C = C[item, group, :, now].to(dtype).transpose(2, 3).contiguous()
-            y = out[item, group, channel, now]
-            exact = y if y.dtype == dtype else dt  # where y is put together; dt has been used up
+            t_y = torch.empty_like(t_x)
             for some in blocks(t_x.shape[2], steps):
                 shape = b_size, k_size, some.stop - some.start, N, d_size
                 a, h = (flat[: math.prod(shape)].view(shape) for flat in space)
                 torch.mul(t_dt[:, :, some, None], decay_tile, out=a)
                 torch.exp2(a, out=a)
                 torch.mul(t_x[:, :, some, None], t_B[:, :, some, :, None], out=h)
-                scan_wide_(a, h, state, _STEP_WIDTH * threads)
+                a_steps, h_steps = a.unbind(2), h.unbind(2)
+                h_steps[0].addcmul_(a_steps[0], state)
+                scan_steps_(a_steps, h_steps)
+                state.copy_(h_steps[-1])
                 read = torch.bmm(t_C[:, :, some].reshape(-1, 1, N), h.view(-1, N, d_size))
-                exact[..., some] = read.view(b_size, k_size, -1, d_size).transpose(2, 3)
-            _add_skip_and_gate_(exact, x, part(D, group, channel), part(z, item, group, channel, now))
-            if exact is not y:
-                y.copy_(exact)
+                t_y[:, :, some] = read.view(b_size, k_size, -1, d_size)
+            y = t_y.transpose(2, 3)
+            if D is not None or z is not None:
+                y = _with_skip_and_gate(dt.copy_(y), x, part(D, group, channel), part(z, item, group, channel, now))
+            out[item, group, channel, now] = y
 
 
 for _op in (selective_scan, linear_scan, shared_scan, broadcast_add):

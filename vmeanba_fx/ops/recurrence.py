@@ -3,8 +3,8 @@
 Neither divides by a cumulative product nor takes the exponential of a sum, so both are as safe as the loop itself: a
 decay of exactly zero, a decay above one and a sequence of 65,536 steps are all fine.
 
-`scan_wide_`   time lies outside of what advances together: each step is one wide vector, at one fused multiply-add per
-               element. For many channels and states.
+`scan_steps_`  time is the outermost dim: each step is one wide vector, at one fused multiply-add per element. For many
+               rows.
 `scan_rows`    time is the innermost dim. For few rows, where a step would be too short a vector: the window of steps
                that an element has absorbed doubles (1, 2, 4, ... W), then blocks of W steps follow one another.
 """
@@ -16,76 +16,35 @@ import torch
 from torch import Tensor
 
 # Found by timing: a block step on fewer elements is dominated by the cost of the call, and so is a row of fewer steps.
-_BLOCK_ELEMENTS = 4096
+_BLOCK_ELEMENTS = 8192
 _SHORTEST_WINDOW = 32
 
 
-def scan_wide_(a: Tensor, b: Tensor, state: Tensor, width: int) -> None:
-    """Run the recurrence in place on (P, Q, steps, ...) tensors: b[:, :, t] becomes h_t, `a` is spoilt.
-
-    `state` (P, Q, ...) holds the state before the first step, and then the last. A step should be `width` elements or
-    more: where it is less, the steps are cut into chunks that advance together from a state of zero, and what the
-    state before a chunk adds is put right afterwards.
-
-    PyTorch gives each thread a range of the outermost dim, in operations on all steps as in those on one. So time is not
-    outermost: every thread finds its own elements in its own cache.
-    """
-    steps = b.shape[2]
-    chunks = max(1, min(-(-width // max(1, state.numel())), int(steps**0.5)))
-    if chunks == 1:
-        a_steps, b_steps = a.unbind(2), b.unbind(2)
-        scan_steps_(a_steps, b_steps, state)
-        state.copy_(b_steps[-1])
+def scan_steps_(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
+    """Run the recurrence in place, b[t] becoming h_t, from h_{-1} = 0: `a`, `b` hold one tensor per step."""
+    if len(b) < 2:
         return
-    whole = steps - steps % chunks
-    a_chunks, b_chunks = (x[:, :, :whole].unflatten(2, (chunks, -1)) for x in (a, b))
-    a_steps, b_steps = a_chunks.unbind(3), b_chunks.unbind(3)
-    scan_steps_(a_steps, b_steps)
-    product_steps_(a_steps)
-    before = torch.empty_like(b_chunks[:, :, :, 0])  # the state before each chunk
-    for chunk in range(chunks):
-        before[:, :, chunk] = state
-        torch.addcmul(b_steps[-1][:, :, chunk], a_steps[-1][:, :, chunk], state, out=state)
-    b_chunks.addcmul_(a_chunks, before[:, :, :, None])
-    if whole < steps:
-        scan_wide_(a[:, :, whole:], b[:, :, whole:], state, 0)
-
-
-def scan_steps_(a: Sequence[Tensor], b: Sequence[Tensor], state: Tensor | None = None) -> None:
-    """Run the recurrence in place, b[t] becoming h_t: `a`, `b` hold one tensor per step. It starts from `state`, or 0."""
-    if state is None:
-        a, b, before = a[1:], b[1:], b[:-1]
+    if b[0].device.type == "cpu" and _foreach_is_sequential():
+        torch._foreach_addcmul_(b[1:], a[1:], b[:-1])
     else:
-        before = (state, *b[:-1])
-    if b and b[0].device.type == "cpu" and _foreach_is_sequential():
-        torch._foreach_addcmul_(b, a, before)
-    else:
-        for now, decay, previous in zip(b, a, before, strict=True):
-            now.addcmul_(decay, previous)
-
-
-def product_steps_(a: Sequence[Tensor]) -> None:
-    """a[t] becomes the product of all up to it, in place."""
-    if len(a) > 1 and a[0].device.type == "cpu" and _foreach_is_sequential():
-        torch._foreach_mul_(a[1:], a[:-1])
-    else:
-        for now, previous in zip(a[1:], a[:-1], strict=True):
-            now.mul_(previous)
+        for t in range(1, len(b)):
+            b[t].addcmul_(a[t], b[t - 1])
 
 
 @cache
 def _foreach_is_sequential() -> bool:
-    """True where `_foreach` functions work through their lists in order, so that each entry sees the one before it.
+    """True where `_foreach_addcmul_` works through its list in order, so that each entry sees the one before it.
 
-    On the CPU they are plain loops in C++, and one call then runs all steps. That order is not documented, so it is tried
-    once, on chains long and wide enough that any other order shows; where it fails, the steps are issued one by one.
+    On the CPU it is a plain loop in C++, and one call then runs all steps. That order is not documented, so it is tried
+    once, on a chain long and wide enough that any other order shows; where it fails, the steps are issued one by one.
     """
     with torch.inference_mode(False), torch.no_grad():
-        chain, decay = torch.ones(64, 40_000), torch.full((64, 40_000), 0.5)
-        torch._foreach_addcmul_(chain.unbind(0)[1:], decay.unbind(0)[1:], chain.unbind(0)[:-1])
-        torch._foreach_mul_(decay.unbind(0)[1:], decay.unbind(0)[:-1])
-        halves = 0.5 ** torch.arange(64.0)[:, None]
-        return torch.equal(chain, (2 - halves).expand_as(chain)) and torch.equal(decay, (halves / 2).expand_as(decay))
+        chain = torch.ones(64, 40_000)
+        steps = list(chain.unbind(0))
+        decay = list(torch.full_like(chain, 0.5).unbind(0))
+        torch._foreach_addcmul_(steps[1:], decay[1:], steps[:-1])
+        expected = 2 - 0.5 ** torch.arange(64.0)
+        return torch.equal(chain, expected[:, None].expand_as(chain))
 
 
 def scan_rows(a: Tensor, b: Tensor, *, spoil: bool = False, reverse: bool = False) -> Tensor:
