@@ -1,19 +1,21 @@
 """Speed of the CUDA scan kernels on this GPU, against the memory floor and, if there is one, the official kernel.
 
     python benchmarks/kernels.py [--dtype float16] [--official selective_scan_cuda_oflex] [--path DIR] [--sweep]
+    python benchmarks/kernels.py --plot benchmarks/results/sweep_....csv      (draws what --sweep measured elsewhere)
 
 Numbers first: every kernel is compared with a float64 reference on the benchmark's own inputs, and a failure prints no
 speed. Times are medians of CUDA-graph replays, each over enough input sets to defeat the L2 cache. The floor is the
 bytes that must move (each input read once, the output written once) over the bandwidth of a large device-to-device copy
 measured in the same run; "floor/time" is the share of it that a kernel reaches. `--official` names the importable
 extension of VMamba's own scan (`fwd`, `bwd`); its time is that of the full scan, also in the rows of the one-channel
-scan, whose factor is the paper's claim. Writes benchmarks/results/kernels_<gpu>_<torch>_<dtype>.csv and .md (and
-sweep_... with --sweep).
+scan, whose factor is the paper's claim. "rank" is the number of channels that share one decay. Writes
+benchmarks/results/kernels_<gpu>_<torch>_<dtype>.csv and .md (and sweep_... with --sweep).
 """
 
 import argparse
 import csv
 import importlib
+import importlib.util
 import statistics
 import sys
 import time
@@ -47,6 +49,7 @@ ONE += [
     (16, 192, 128, 128, 16),
 ]
 ONE += [(128, 0, 128, 128, 1), (512, 0, 56, 56, 1), (1, 128, 56, 56, 1), (1, 192, 56, 56, 16)]
+RANKS = [((128, 0, 56, 56, 1), rank) for rank in (2, 4, 8, 16)] + [((128, 0, 14, 14, 1), 4), ((128, 0, 56, 56, 16), 4)]
 DIRECTIONS = [0, 1, 2, 3]
 K = len(DIRECTIONS)
 
@@ -58,6 +61,7 @@ class Row:
     D: int
     L: int
     N: int
+    rank: int
     megabytes: float
     floor_us: float
     time_us: float
@@ -92,13 +96,14 @@ def full_reference(u, delta, A, B, C, bias):
 
 def one_reference(u, delta, A, B, C, bias):
     """The merged one-channel scan: each direction is the full scan of one channel per group, in its own order."""
+    rank = u.shape[2]
     table = direction_table(DIRECTIONS, *u.shape[-2:]).to(u.device)
-    out = torch.zeros(u[:, 0, 0].shape, dtype=torch.float64, device=u.device).flatten(1)
+    out = torch.zeros(u[:, 0].shape, dtype=torch.float64, device=u.device).flatten(2)
     for k in range(K):
         delta_k, u_k, B_k, C_k = (t.flatten(-2)[..., table[k]] for t in (delta[:, k], u[:, 0], B[:, k], C[:, k]))
-        y = full_reference(u_k, delta_k[:, None], A[k : k + 1], B_k[:, None], C_k[:, None], bias[k : k + 1])
-        out.index_add_(1, table[k], y[:, 0])
-    return out.view(u[:, :, 0].shape)
+        delta_k, A_k, bias_k = delta_k[:, None].expand_as(u_k), A[k].expand(rank, -1), bias[k].expand(rank)
+        out.index_add_(2, table[k], full_reference(u_k, delta_k, A_k, B_k[:, None], C_k[:, None], bias_k))
+    return out.view(u[:, 0].shape)
 
 
 def check(name, out, expected, tolerance):
@@ -155,12 +160,12 @@ def full_inputs(batch, D, length, states, dtype):
     )
 
 
-def one_inputs(batch, height, width, states, dtype):
-    features = torch.randn(batch, 1 + K * (1 + 2 * states), height * width, device="cuda", dtype=dtype)
+def one_inputs(batch, height, width, states, dtype, rank=1):
+    features = torch.randn(batch, rank + K * (1 + 2 * states), height * width, device="cuda", dtype=dtype)
     features = features.unflatten(-1, (height, width))  # one projection's output: u, then (delta, B, C) per direction
-    delta, B, C = features[:, 1:].unflatten(1, (K, -1)).split([1, states, states], 2)
+    delta, B, C = features[:, rank:].unflatten(1, (K, -1)).split([1, states, states], 2)
     A, bias = -torch.rand(K, states, device="cuda") - 0.1, torch.randn(K, device="cuda") - 2
-    return features[:, None, :1], delta.squeeze(2), A, B, C, bias
+    return features[:, None, :rank], delta.squeeze(2), A, B, C, bias
 
 
 def run_full(inputs):
@@ -188,12 +193,15 @@ class Bench:
         self.speed = bandwidth()
         self.rows: list[Row] = []
 
-    def add(self, op, shape, moved, time_us, official_us=None):
+    def add(self, op, shape, moved, time_us, official_us=None, rank=1):
         batch, D, height, width, states = shape
         floor = moved / self.speed
         factor = None if official_us is None else official_us / time_us
         self.rows.append(
-            Row(op, batch, D, height * width, states, moved / 1e6, floor, time_us, floor / time_us, official_us, factor)
+            Row(
+                *(op, batch, D, height * width, states, rank, moved / 1e6),
+                *(floor, time_us, floor / time_us, official_us, factor),
+            )
         )
 
     def official_full(self, inputs):
@@ -242,24 +250,24 @@ class Bench:
             )
         self.add("selective_scan_backward", shape, moved, time_us, official)
 
-    def one(self, shape):
+    def one(self, shape, rank=1):
         """The merged one-channel scan; the official kernel runs the full scan with D channels (D = 0: not compared)."""
         batch, D, height, width, states = shape
-        inputs = one_inputs(batch, height, width, states, self.dtype)
+        inputs = one_inputs(batch, height, width, states, self.dtype, rank)
         out = run_one(inputs)
         u, delta, A, B, C, bias = inputs
         for b in {0, batch - 1}:
             part = [t[b : b + 1] for t in (u, delta)] + [A] + [t[b : b + 1] for t in (B, C)]
             check(f"shared_scan2d {shape}", out[b : b + 1], one_reference(*part, bias), TOLERANCE[self.dtype])
         moved = size(*inputs, out)
-        copies = sets_for(moved, lambda: one_inputs(batch, height, width, states, self.dtype))
+        copies = sets_for(moved, lambda: one_inputs(batch, height, width, states, self.dtype, rank))
         time_us = graph_time([lambda i=i: run_one(i) for i in copies])
         del copies
         official = None
         if self.official and D:
             full = full_inputs(batch, D, height * width, states, self.dtype)
             official = graph_time([lambda: self.official_full(full)])
-        self.add("shared_scan2d (merged)", shape, moved, time_us, official)
+        self.add("shared_scan2d (merged)", shape, moved, time_us, official, rank)
 
     def tail(self, shape):
         batch, D, height, width, _ = shape
@@ -309,8 +317,11 @@ def sweep(bench: Bench, stem: Path) -> None:
             rows.append({"axis": name, "size": 2**exponent, "time_us": row.time_us, "floor_us": row.floor_us})
     write_csv(stem.parent / f"{stem.name}.csv", rows)
     table = [(r["axis"], r["size"], r["time_us"], r["floor_us"]) for r in sorted(rows, key=lambda r: r["axis"])]
-    print(tabulate(table, ("axis", "size", "time us", "floor us"), floatfmt=".1f"))
-    plot(rows, stem.parent / f"{stem.name}.png")
+    text = tabulate(table, ("axis", "size", "time us", "floor us"), floatfmt=".1f", tablefmt="github")
+    (stem.parent / f"{stem.name}.md").write_text(f"{__doc__.splitlines()[0]}\n\n{text}\n")
+    print(text)
+    if importlib.util.find_spec("matplotlib"):
+        plot(rows, stem.parent / f"{stem.name}.png")
 
 
 def plot(rows, path: Path) -> None:
@@ -323,7 +334,7 @@ def plot(rows, path: Path) -> None:
     for axis, name in zip(axes, ("length", "batch"), strict=True):
         own = [r for r in rows if r["axis"] == name]
         for key, label in (("time_us", "measured"), ("floor_us", "memory floor")):
-            axis.loglog([r["size"] for r in own], [r[key] for r in own], "o-", base=2, label=label)
+            axis.loglog([int(r["size"]) for r in own], [float(r[key]) for r in own], "o-", base=2, label=label)
         axis.set_xlabel(name)
         axis.set_ylabel("microseconds")
         axis.legend()
@@ -345,10 +356,16 @@ def main() -> int:
     parser.add_argument("--official", help="module of the official kernel, e.g. selective_scan_cuda_oflex")
     parser.add_argument("--path", help="folder to import that module from")
     parser.add_argument("--sweep", action="store_true", help="also time length and batch from 2^8 to 2^16")
+    parser.add_argument("--only-sweep", action="store_true", help="time nothing else")
+    parser.add_argument("--plot", type=Path, metavar="CSV", help="draw a sweep's CSV, measure nothing")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results", help="folder of the result files"
     )
     options = parser.parse_args()
+    if options.plot:
+        with options.plot.open(newline="") as file:
+            plot(list(csv.DictReader(file)), options.plot.with_suffix(".png"))
+        return 0
     if options.path:
         sys.path.insert(0, options.path)
     official = importlib.import_module(options.official) if options.official else None
@@ -361,6 +378,8 @@ def main() -> int:
             bench.backward(shape)
         for shape in ONE:
             bench.one(shape)
+        for shape, rank in RANKS:
+            bench.one(shape, rank)
         for shape in FULL[1:3]:
             bench.tail(shape)
     except Failed as failure:
@@ -369,7 +388,7 @@ def main() -> int:
     gpu = torch.cuda.get_device_name().replace(" ", "-")
     conditions = f"{gpu}_{torch.__version__.replace('+', '-')}_{options.dtype}"
     write_csv(options.out / f"kernels_{conditions}.csv", [asdict(row) for row in bench.rows])
-    headers = ("op", "batch", "D", "L", "N", "MB", "floor us", "time us", "floor/time", "official us", "factor")
+    headers = ("op", "batch", "D", "L", "N", "rank", "MB", "floor us", "time us", "floor/time", "official us", "factor")
     table = tabulate([tuple(asdict(r).values()) for r in bench.rows], headers, floatfmt=".2f", tablefmt="github")
     speed = f"copy bandwidth {bench.speed / 1e6:.2f} TB/s"
     head = f"{gpu}, torch {torch.__version__}, {options.dtype} in, float32 out; {speed}"

@@ -103,6 +103,7 @@ template <int CODE, int COUNT> struct Pack {
 };
 
 static const float LOG2E = 1.4426950408889634f;
+static const float LN2 = 0.6931471805599453f;
 
 // 2^x by the special-function unit, relative error 2^-22.
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -129,6 +130,29 @@ __device__ __forceinline__ float softplus(float x) {
     p = fmaf(p, e, 0.3327548f);
     p = fmaf(p, e, -0.49997404f);
     p = fmaf(p, e, 0.9999998f);
+    return fmaf(e, p, fmaxf(x, 0.f));
+}
+
+// The same in base 2: log2(1 + 2^x). What comes as half (CODE 1 or 2) is known to 2^-12 at best: a shorter fit (6e-5) will do.
+template <int CODE> __device__ __forceinline__ float softplus_base2(float x) {
+    const float e = exp2_fast(-fabsf(x));
+    float p;
+    if constexpr (CODE == 0) {
+        p = -0.0123193804f;
+        p = fmaf(p, e, 0.0636075437f);
+        p = fmaf(p, e, -0.155351356f);
+        p = fmaf(p, e, 0.25600931f);
+        p = fmaf(p, e, -0.353394657f);
+        p = fmaf(p, e, 0.480063677f);
+        p = fmaf(p, e, -0.721310079f);
+        p = fmaf(p, e, 1.44269478f);
+    } else {
+        p = 0.0596515089f;
+        p = fmaf(p, e, -0.227119371f);
+        p = fmaf(p, e, 0.441898793f);
+        p = fmaf(p, e, -0.716987431f);
+        p = fmaf(p, e, 1.44261324f);
+    }
     return fmaf(e, p, fmaxf(x, 0.f));
 }
 

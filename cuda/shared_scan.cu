@@ -57,24 +57,42 @@ struct Params {
 #endif
 #define ONE_TILE (ROWS_OF >= LENGTH_OF && COLUMNS_OF >= WIDTH_OF)
 #define TEAM_WARPS (TEAM_THREADS / 32)
+#define WARP_SLOTS (TEAM_WARPS > 16 ? 32 : TEAM_WARPS > 8 ? 16 : TEAM_WARPS > 4 ? 8 : TEAM_WARPS > 2 ? 4 : TEAM_WARPS)
+#define PRODUCER (BULK && LOOPS)
+#define THREADS (TEAMS * (TEAM_THREADS + 32 * PRODUCER))
 #define FULL 0xffffffffu
+// y was made with dt in base 2.
+#define OUT_SCALE (LINEAR ? 1.f : LN2)
+// What a span of steps multiplies a state with is 2 to the power of A times its sum of dt. With several states those sums are
+// made once and serve all of them; with one, or where only the factors are given, factors are multiplied up.
+#define SUMS (!LINEAR && NSTATE > 1)
 #if LINEAR
 #define FRONT_SLOTS 0
 #define FRONT_BYTES 0
-#define STAGE_BYTES (CAP * (Element<DELTA_TYPE>::bytes + RANK * Element<B_TYPE>::bytes + Element<C_TYPE>::bytes))
+#define STATE_BYTES (CAP * (Element<DELTA_TYPE>::bytes + RANK * Element<B_TYPE>::bytes + Element<C_TYPE>::bytes))
 #else
-#define FRONT_SLOTS ((STAGES + NSTATE - 1) / NSTATE)
+#define FRONT_SLOTS ((STAGES * PAIR + NSTATE - 1) / NSTATE)
 #define FRONT_BYTES (CAP * (Element<DELTA_TYPE>::bytes + RANK * Element<U_TYPE>::bytes))
-#define STAGE_BYTES (CAP * (Element<B_TYPE>::bytes + Element<C_TYPE>::bytes))
+#define STATE_BYTES (CAP * (Element<B_TYPE>::bytes + Element<C_TYPE>::bytes))
 #endif
+#define STAGE_BYTES (PAIR * STATE_BYTES)
 
 #include "shared_scan_parts.cuh"
+#include "shared_scan_copies.cuh"
 
-extern "C" __global__ void __launch_bounds__(TEAM_THREADS *TEAMS) shared_scan(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) char shared[];
-    __shared__ float aggregate[TEAMS][2][TEAM_WARPS][RANK + 1];
+    __shared__ float aggregate[TEAMS][2][PAIR][RANK + !SUMS][TEAM_WARPS];
+#if SUMS
+    __shared__ float totals[TEAMS][2][TEAM_WARPS];
+#endif
+#if BULK
+    __shared__ __align__(8) int64 arrivals[TEAMS][STAGES];
+#endif
     __shared__ float carry[TEAMS][2][NSTATE][RANK];
-    const int team = threadIdx.x / TEAM_THREADS, thread = threadIdx.x % TEAM_THREADS;
+    const int after = (int)threadIdx.x - TEAMS * TEAM_THREADS;  // not negative: a producer
+    const int team = PRODUCER && after >= 0 ? after / 32 : threadIdx.x / TEAM_THREADS;
+    const int thread = PRODUCER && after >= 0 ? TEAM_THREADS + after % 32 : threadIdx.x % TEAM_THREADS;
     const int lane = thread % 32, warp = thread / 32;
     const int b = blockIdx.x, r0 = blockIdx.y * RANK, rank = min(RANK, (int)p.rank - r0);
     const int length = LENGTH_OF, width = WIDTH_OF, skew = SKEW_OF;
@@ -94,67 +112,100 @@ extern "C" __global__ void __launch_bounds__(TEAM_THREADS *TEAMS) shared_scan(co
     Cursor now = {k_first, 0, 0, 0, 0};
     Cursor ahead = now;
 
-    auto issue = [&]() {
+    uint_t arrival = 0;  // of the first stage; the others follow, 8 bytes apart
+#if BULK
+    arrival = (uint_t)__cvta_generic_to_shared(arrivals[team]);
+    if (thread < STAGES) arrival_init(arrival + 8 * thread);
+    __syncthreads();
+#endif
+
+    // With BULK, before the loop each array of a step is fetched by another warp of the team; in the loop, by the producer.
+    auto issue = [&](bool all) {
         if (ahead.k < k_end) {
             const Tile tile = tile_at(p, ahead.code(p), ahead.tile);
-            const int64 k = ahead.k, n = n0 + ahead.n;
+            const int64 k = ahead.k;
             char *to = stages + ahead.step % STAGES * STAGE_BYTES;
-#if LINEAR
-            fetch<DELTA_TYPE>(to, p.delta + (b * p.delta_b + k * p.delta_k + n * p.delta_n) * Element<DELTA_TYPE>::bytes,
-                              p.delta_h, p.delta_w, tile, p, thread);
-            to += CAP * Element<DELTA_TYPE>::bytes;
+            const uint_t barrier = arrival + 8 * (ahead.step % STAGES);
+            int turn = 0;
+            if (BULK && (all ? lane == 0 : thread == 0))
+                arrival_expect(barrier, tile.count * ((STAGE_BYTES + (ahead.n == 0 ? FRONT_BYTES : 0)) / CAP));
 #pragma unroll
-            for (int r = 0; r < RANK; ++r) {
-                const int64 from = b * p.B_b + k * p.B_k + min(r0 + r, (int)p.rank - 1) * p.B_r + n * p.B_n;
-                fetch<B_TYPE>(to, p.B + from * Element<B_TYPE>::bytes, p.B_h, p.B_w, tile, p, thread);
-                to += CAP * Element<B_TYPE>::bytes;
-            }
+            for (int m = 0; m < PAIR; ++m) {
+                const int64 n = n0 + ahead.n + m;
+#if LINEAR
+                fetch<DELTA_TYPE>(to, p.delta + (b * p.delta_b + k * p.delta_k + n * p.delta_n) * Element<DELTA_TYPE>::bytes,
+                                  p.delta_h, p.delta_w, tile, p, thread, all ? warp : turn++ % TEAM_WARPS, barrier);
+                to += CAP * Element<DELTA_TYPE>::bytes;
+#pragma unroll
+                for (int r = 0; r < RANK; ++r) {
+                    const int64 from = b * p.B_b + k * p.B_k + min(r0 + r, (int)p.rank - 1) * p.B_r + n * p.B_n;
+                    fetch<B_TYPE>(to, p.B + from * Element<B_TYPE>::bytes, p.B_h, p.B_w, tile, p, thread, all ? warp : turn++ % TEAM_WARPS, barrier);
+                    to += CAP * Element<B_TYPE>::bytes;
+                }
 #else
-            fetch<B_TYPE>(to, p.B + (b * p.B_b + k * p.B_k + n * p.B_n) * Element<B_TYPE>::bytes, p.B_h, p.B_w, tile, p, thread);
-            to += CAP * Element<B_TYPE>::bytes;
+                const int64 from = b * p.B_b + k * p.B_k + n * p.B_n;
+                fetch<B_TYPE>(to, p.B + from * Element<B_TYPE>::bytes, p.B_h, p.B_w, tile, p, thread, all ? warp : turn++ % TEAM_WARPS, barrier);
+                to += CAP * Element<B_TYPE>::bytes;
 #endif
-            fetch<C_TYPE>(to, p.C + (b * p.C_b + k * p.C_k + n * p.C_n) * Element<C_TYPE>::bytes, p.C_h, p.C_w, tile, p, thread);
+                fetch<C_TYPE>(to, p.C + (b * p.C_b + k * p.C_k + n * p.C_n) * Element<C_TYPE>::bytes, p.C_h, p.C_w, tile, p,
+                              thread, all ? warp : turn++ % TEAM_WARPS, barrier);
+                to += CAP * Element<C_TYPE>::bytes;
+            }
 #if !LINEAR
             if (ahead.n == 0) {
                 to = fronts + ahead.front % FRONT_SLOTS * FRONT_BYTES;
                 fetch<DELTA_TYPE>(to, p.delta + (b * p.delta_b + k * p.delta_k) * Element<DELTA_TYPE>::bytes, p.delta_h,
-                                  p.delta_w, tile, p, thread);
+                                  p.delta_w, tile, p, thread, all ? warp : turn++ % TEAM_WARPS, barrier);
                 to += CAP * Element<DELTA_TYPE>::bytes;
 #pragma unroll
                 for (int r = 0; r < RANK; ++r) {
                     const int64 from = b * p.u_b + k * p.u_k + min(r0 + r, (int)p.rank - 1) * p.u_r;
-                    fetch<U_TYPE>(to, p.u + from * Element<U_TYPE>::bytes, p.u_h, p.u_w, tile, p, thread);
+                    fetch<U_TYPE>(to, p.u + from * Element<U_TYPE>::bytes, p.u_h, p.u_w, tile, p, thread, all ? warp : turn++ % TEAM_WARPS, barrier);
                     to += CAP * Element<U_TYPE>::bytes;
                 }
             }
 #endif
             ahead.advance(p, k_step);
         }
-        commit();
+        if (!BULK) commit();
     };
 
 #pragma unroll
-    for (int s = 0; s < STAGES; ++s) issue();
+    for (int s = 0; s < STAGES; ++s) issue(false);
 #if !LINEAR
-    // A in base 2 and the bias, per direction of this block: loads that every step would wait for.
+    // A and the bias in base 2, per direction of this block: loads that every step would wait for.
 #pragma unroll 1
-    for (int i = threadIdx.x; i < (MERGE ? GROUPS_OF : 1) * (NSTATE + 1); i += TEAM_THREADS * TEAMS) {
+    for (int i = threadIdx.x; i < (MERGE ? GROUPS_OF : 1) * (NSTATE + 1); i += THREADS) {
         const int k = k_base + i / (NSTATE + 1), n = i % (NSTATE + 1);
-        if (n < NSTATE) decays[i] = ((const float *)p.A)[k * p.states + n0 + n] * LOG2E;
-        else decays[i] = p.delta_bias ? ((const float *)p.delta_bias)[k] : 0.f;
+        if (n < NSTATE) decays[i] = ((const float *)p.A)[k * p.states + n0 + n];
+        else decays[i] = p.delta_bias ? ((const float *)p.delta_bias)[k] * LOG2E : 0.f;
     }
 #endif
-    wait<STAGES - 1>();
+    if (!BULK) wait<STAGES - 1>();
     __syncthreads();
 
+#if PRODUCER
+    if (after >= 0) {
+#pragma unroll 1
+        for (; now.k < k_end; now.advance(p, k_step)) {
+            team_barrier(team);
+            issue(true);
+            if (!MERGE && now.n == NSTATE - PAIR) team_barrier(team);
+        }
+    }
+#endif
     Steps steps;
     int count = 0;
     float y[RANK][ITEMS];
 #if !LINEAR
-    float dt[ITEMS], dtu[RANK][ITEMS];
+    float dt[ITEMS], dtu[RANK][ITEMS];  // dt in base 2: times log2(e)
+#endif
+#if SUMS
+    float spans[6], before_thread, gap = 0.f, before_warp = 0.f;
 #endif
 #pragma unroll 1
     while (now.k < k_end) {
+        if (BULK) arrival_wait(arrival + 8 * (now.step % STAGES), now.step / STAGES & 1);
         if (now.n == 0) {
             const Tile tile = tile_at(p, now.code(p), now.tile);
             count = tile.count;
@@ -169,9 +220,9 @@ extern "C" __global__ void __launch_bounds__(TEAM_THREADS *TEAMS) shared_scan(co
             steps.read<DELTA_TYPE>(dt, front, 0);
 #pragma unroll
             for (int i = 0; i < ITEMS; ++i) {
-                dt[i] += bias;
+                dt[i] = fmaf(dt[i], LOG2E, bias);
 #if SOFTPLUS
-                dt[i] = softplus(dt[i]);
+                dt[i] = softplus_base2<DELTA_TYPE>(dt[i]);
 #endif
                 // A step past the end of a tile is the identity: dt = 0 gives decay 1 and input 0. (Past the end of the map it
                 // may be anything.)
@@ -184,95 +235,170 @@ extern "C" __global__ void __launch_bounds__(TEAM_THREADS *TEAMS) shared_scan(co
                 for (int i = 0; i < ITEMS; ++i) dtu[r][i] *= dt[i];
             }
 #endif
+#if SUMS
+            spans[0] = 0.f;
+#pragma unroll
+            for (int i = 0; i < ITEMS; ++i) spans[0] += dt[i];
+#pragma unroll
+            for (int j = 0; j < 5; ++j) {
+                const float before = __shfl_up_sync(FULL, spans[j], 1 << j);
+                spans[j + 1] = lane >= 1 << j ? spans[j] + before : spans[j];
+            }
+            before_thread = __shfl_up_sync(FULL, spans[5], 1);
+            if (lane == 0) before_thread = 0.f;
+            if (lane == 31) totals[team][now.front & 1][warp] = spans[5];
+#endif
         }
 
         const char *stage = stages + now.step % STAGES * STAGE_BYTES;
-        float a[ITEMS], reach[ITEMS], in[RANK][ITEMS], h[RANK], product;
-#if LINEAR
-        steps.read<DELTA_TYPE>(a, stage, 0);
-        steps.read<C_TYPE>(reach, stage, CAP * (Element<DELTA_TYPE>::bytes + RANK * Element<B_TYPE>::bytes));
+        float reach[PAIR][ITEMS], h[PAIR][RANK], product[PAIR], decay[PAIR];
+#if RESCAN
+        float a[ITEMS], in[RANK][ITEMS];
+#endif
 #pragma unroll
-        for (int r = 0; r < RANK; ++r)
-            steps.read<B_TYPE>(in[r], stage, CAP * (Element<DELTA_TYPE>::bytes + r * Element<B_TYPE>::bytes));
-        if (!ONE_TILE) {
+        for (int m = 0; m < PAIR; ++m) {
+#if !RESCAN
+            float a[ITEMS], in[RANK][ITEMS];
+#endif
+            const char *from = stage + m * STATE_BYTES;
+#if LINEAR
+            steps.read<DELTA_TYPE>(a, from, 0);
+            steps.read<C_TYPE>(reach[m], from, CAP * (Element<DELTA_TYPE>::bytes + RANK * Element<B_TYPE>::bytes));
+#pragma unroll
+            for (int r = 0; r < RANK; ++r)
+                steps.read<B_TYPE>(in[r], from, CAP * (Element<DELTA_TYPE>::bytes + r * Element<B_TYPE>::bytes));
+            if (!ONE_TILE) {
+#pragma unroll
+                for (int i = 0; i < ITEMS; ++i) {
+                    const bool has = steps.has(i, thread, count);
+                    a[i] = has ? a[i] : 1.f;
+#pragma unroll
+                    for (int r = 0; r < RANK; ++r) in[r][i] = has ? in[r][i] : 0.f;
+                }
+            }
+#else
+            decay[m] = decays[(now.k - k_base) * (NSTATE + 1) + now.n + m];
+            float b_row[ITEMS];
+            steps.read<B_TYPE>(b_row, from, 0);
+            steps.read<C_TYPE>(reach[m], from, CAP * Element<B_TYPE>::bytes);
 #pragma unroll
             for (int i = 0; i < ITEMS; ++i) {
-                const bool has = steps.has(i, thread, count);
-                a[i] = has ? a[i] : 1.f;
+                a[i] = exp2_fast(dt[i] * decay[m]);
 #pragma unroll
-                for (int r = 0; r < RANK; ++r) in[r][i] = has ? in[r][i] : 0.f;
+                for (int r = 0; r < RANK; ++r) in[r][i] = dtu[r][i] * b_row[i];
+            }
+#endif
+            if (steps.down) scan_own<true>(y, h[m], product[m], reach[m], a, in);
+            else scan_own<false>(y, h[m], product[m], reach[m], a, in);
+        }
+
+#pragma unroll
+        for (int j = 0; j < 5; ++j) {
+            const int o = 1 << j;
+#pragma unroll
+            for (int m = 0; m < PAIR; ++m) {
+#if SUMS
+                const float factor = exp2_fast(spans[j] * decay[m]);
+#else
+                const float factor = product[m], before = __shfl_up_sync(FULL, factor, o);
+                if (lane >= o) product[m] *= before;
+#endif
+#pragma unroll
+                for (int r = 0; r < RANK; ++r) {
+                    const float h_before = __shfl_up_sync(FULL, h[m][r], o);
+                    if (lane >= o) h[m][r] = fmaf(factor, h_before, h[m][r]);
+                }
             }
         }
-#else
-        const float decay = decays[(now.k - k_base) * (NSTATE + 1) + now.n];
-        float b_row[ITEMS];
-        steps.read<B_TYPE>(b_row, stage, 0);
-        steps.read<C_TYPE>(reach, stage, CAP * Element<B_TYPE>::bytes);
+        float(*const shares)[RANK + !SUMS][TEAM_WARPS] = aggregate[team][now.step & 1];
+        if (lane == 31) {
 #pragma unroll
-        for (int i = 0; i < ITEMS; ++i) {
-            a[i] = exp2_fast(dt[i] * decay);
+            for (int m = 0; m < PAIR; ++m) {
 #pragma unroll
-            for (int r = 0; r < RANK; ++r) in[r][i] = dtu[r][i] * b_row[i];
+                for (int r = 0; r < RANK; ++r) shares[m][r][warp] = h[m][r];
+#if !SUMS
+                shares[m][RANK][warp] = product[m];
+#endif
+            }
+        }
+        if (!BULK) wait<STAGES - 2>();
+        team_barrier(team);  // aggregates are there, this stage has been read, and without BULK the next one has arrived
+        if (!BULK) issue(true);
+
+        // The state before this thread: what other warps and the last tile's carry leave, then what lower lanes leave.
+        const int slot = lane % WARP_SLOTS, w = min(slot, TEAM_WARPS - 1);
+        const bool more = !ONE_TILE && now.tile + 1 < now.tiles(p);
+#if SUMS
+        if (now.n == 0) {
+            // Sums of dt from the end of each earlier warp (one lane each) to the start of this one.
+            float sum = slot < warp ? totals[team][now.front & 1][w] : 0.f;
+#pragma unroll
+            for (int o = 1; o < WARP_SLOTS; o *= 2) {
+                const float after = __shfl_down_sync(FULL, sum, o, WARP_SLOTS);
+                if (slot + o < WARP_SLOTS) sum += after;
+            }
+            before_warp = __shfl_sync(FULL, sum, 0);
+            gap = __shfl_down_sync(FULL, sum, 1, WARP_SLOTS);
+            if (slot == WARP_SLOTS - 1) gap = 0.f;
         }
 #endif
-        if (steps.down) scan_own<true>(y, h, product, reach, a, in);
-        else scan_own<false>(y, h, product, reach, a, in);
-
 #pragma unroll
-        for (int o = 1; o < 32; o *= 2) {
-            const float before = __shfl_up_sync(FULL, product, o);
+        for (int m = 0; m < PAIR; ++m) {
+#if SUMS
+            const float fade = exp2_fast(gap * decay[m]), entering = exp2_fast(before_thread * decay[m]);
+            const float whole = ONE_TILE ? 0.f : exp2_fast(before_warp * decay[m]);
+#else
+            float warp_product = shares[m][RANK][w];
+            float entering = __shfl_up_sync(FULL, product[m], 1);
+            if (lane == 0) entering = 1.f;
+            float factors[5];
+#pragma unroll
+            for (int o = 1, j = 0; o < TEAM_WARPS; o *= 2, ++j) {
+                const float before = __shfl_up_sync(FULL, warp_product, o);
+                factors[j] = warp_product;
+                if (lane >= o) warp_product *= before;
+            }
+            float whole = __shfl_sync(FULL, warp_product, max(warp - 1, 0));
+            if (warp == 0) whole = 1.f;
+#endif
 #pragma unroll
             for (int r = 0; r < RANK; ++r) {
-                const float h_before = __shfl_up_sync(FULL, h[r], o);
-                if (lane >= o) h[r] = fmaf(product, h_before, h[r]);
+                const float carried = !ONE_TILE && now.tile ? carry[team][now.tile & 1][now.n + m][r] : 0.f;
+                float state = shares[m][r][w];
+#if SUMS
+                state = slot < warp ? state * fade : 0.f;
+#pragma unroll
+                for (int o = 1; o < WARP_SLOTS; o *= 2) state += __shfl_xor_sync(FULL, state, o);
+#else
+#pragma unroll
+                for (int o = 1, j = 0; o < TEAM_WARPS; o *= 2, ++j) {
+                    const float before = __shfl_up_sync(FULL, state, o);
+                    if (lane >= o) state = fmaf(factors[j], before, state);
+                }
+                state = __shfl_sync(FULL, state, max(warp - 1, 0));
+                if (warp == 0) state = 0.f;
+#endif
+                if (!ONE_TILE) state = fmaf(whole, carried, state);
+                float own_h = __shfl_up_sync(FULL, h[m][r], 1);
+                if (lane == 0) own_h = 0.f;
+                if (more && warp == TEAM_WARPS - 1 && lane == 31)
+#if SUMS
+                    carry[team][(now.tile + 1) & 1][now.n + m][r] = fmaf(exp2_fast(spans[5] * decay[m]), state, h[m][r]);
+#else
+                    carry[team][(now.tile + 1) & 1][now.n + m][r] = fmaf(product[m], state, h[m][r]);
+#endif
+                state = fmaf(entering, state, own_h);
+#if RESCAN
+                if (steps.down) scan_again<true>(y[r], state, reach[m], a, in[r]);
+                else scan_again<false>(y[r], state, reach[m], a, in[r]);
+#else
+#pragma unroll
+                for (int i = 0; i < ITEMS; ++i) y[r][i] = fmaf(reach[m][i], state, y[r][i]);
+#endif
             }
-            if (lane >= o) product *= before;
-        }
-        float *own = aggregate[team][now.step & 1][warp];
-        if (lane == 31) {
-            own[RANK] = product;
-#pragma unroll
-            for (int r = 0; r < RANK; ++r) own[r] = h[r];
-        }
-        float entering = __shfl_up_sync(FULL, product, 1);  // what an entering state is multiplied with before this thread
-        if (lane == 0) entering = 1.f;
-        wait<STAGES - 2>();
-        team_barrier(team);  // aggregates are there, the next stage has arrived, this stage has been read
-        issue();
-
-        // The state before this warp: scan the aggregates of all warps, start from the last tile's carry.
-        const int w = min(lane, TEAM_WARPS - 1);
-        float warp_product = aggregate[team][now.step & 1][w][RANK], warp_h[RANK];
-#pragma unroll
-        for (int r = 0; r < RANK; ++r) warp_h[r] = aggregate[team][now.step & 1][w][r];
-#pragma unroll
-        for (int o = 1; o < TEAM_WARPS; o *= 2) {
-            const float before = __shfl_up_sync(FULL, warp_product, o);
-#pragma unroll
-            for (int r = 0; r < RANK; ++r) {
-                const float h_before = __shfl_up_sync(FULL, warp_h[r], o);
-                if (lane >= o) warp_h[r] = fmaf(warp_product, h_before, warp_h[r]);
-            }
-            if (lane >= o) warp_product *= before;
-        }
-        float before_warp = __shfl_sync(FULL, warp_product, max(warp - 1, 0));
-        if (warp == 0) before_warp = 1.f;
-#pragma unroll
-        for (int r = 0; r < RANK; ++r) {
-            const float carried = !ONE_TILE && now.tile ? carry[team][now.tile & 1][now.n][r] : 0.f;
-            float state = __shfl_sync(FULL, warp_h[r], max(warp - 1, 0));
-            if (warp == 0) state = 0.f;
-            state = fmaf(before_warp, carried, state);
-            float own_h = __shfl_up_sync(FULL, h[r], 1);
-            if (lane == 0) own_h = 0.f;
-            state = fmaf(entering, state, own_h);
-            if (!ONE_TILE && now.tile + 1 < now.tiles(p) && warp == 0 && lane == TEAM_WARPS - 1)
-                carry[team][(now.tile + 1) & 1][now.n][r] = fmaf(warp_product, carried, warp_h[r]);
-#pragma unroll
-            for (int i = 0; i < ITEMS; ++i) y[r][i] = fmaf(reach[i], state, y[r][i]);
         }
 
-        if (now.n == NSTATE - 1) {
+        if (now.n == NSTATE - PAIR) {
             // y to its place in spatial order. Sums of the whole map have the map's skew, those of one tile the tile's.
             const Tile tile = tile_at(p, now.code(p), now.tile);
             auto place = [&](int index) {
@@ -322,7 +448,7 @@ extern "C" __global__ void __launch_bounds__(TEAM_THREADS *TEAMS) shared_scan(co
             for (int r = 0; r < rank; ++r) {
                 out_type *out = (out_type *)p.out + (((int64)b * gridDim.z + blockIdx.z) * p.rank + r0 + r) * length;
                 for (int q = thread; q < tile.count; q += TEAM_THREADS)
-                    Element<OUT_TYPE>::store(out + tile.position(q, width), sums[r * sum_cap + tile.index(q, skew)]);
+                    Element<OUT_TYPE>::store(out + tile.position(q, width), sums[r * sum_cap + tile.index(q, skew)] * OUT_SCALE);
             }
 #endif
         }
@@ -336,11 +462,11 @@ extern "C" __global__ void __launch_bounds__(TEAM_THREADS *TEAMS) shared_scan(co
     const float *all = (const float *)(shared + TEAMS * (STAGES * STAGE_BYTES + FRONT_SLOTS * FRONT_BYTES));
     for (int r = 0; r < rank; ++r) {
         out_type *out = (out_type *)p.out + ((int64)b * p.rank + r0 + r) * length;
-        for (int q = threadIdx.x; q < length; q += TEAM_THREADS * TEAMS) {
+        for (int q = threadIdx.x; q < length; q += THREADS) {
             const int place = q + skew * (int)((uint_t)q / (8u * (uint_t)width));
             float total = 0.f;
             for (int other = 0; other < teams; ++other) total += all[(other * RANK + r) * sum_cap + place];
-            Element<OUT_TYPE>::store(out + q, total);
+            Element<OUT_TYPE>::store(out + q, total * OUT_SCALE);
         }
     }
 #endif

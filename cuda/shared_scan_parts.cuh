@@ -1,32 +1,9 @@
-// The pieces of shared_scan.cu: asynchronous copies, tiles of a map, the order in which a thread meets its steps, warp scans.
+// The pieces of shared_scan.cu: tiles of a map, the order in which a thread meets its steps, a thread's own scan.
 // Pasted into it after its macros and Params; no file of its own.
 
 __device__ __forceinline__ void team_barrier(int team) {
     if (TEAMS == 1) __syncthreads();
-    else asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(TEAM_THREADS) : "memory");
-}
-
-__device__ __forceinline__ void commit() {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-
-template <int PENDING> __device__ __forceinline__ void wait() {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-#endif
-}
-
-template <int BYTES> __device__ __forceinline__ void copy(void *to, const void *from) {
-#if __CUDA_ARCH__ >= 800
-    const uint_t address = (uint_t)__cvta_generic_to_shared(to);
-    if (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
-    else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(BYTES) : "memory");
-#else
-#pragma unroll
-    for (int i = 0; i < BYTES / 4; ++i) ((uint_t *)to)[i] = ((const uint_t *)from)[i];
-#endif
+    else asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(TEAM_THREADS + 32 * PRODUCER) : "memory");
 }
 
 // Which positions of the map a tile holds. Along rows: a flat range from `origin`; along columns: all rows of some columns.
@@ -36,10 +13,19 @@ struct Tile {
     int line;    // elements of one line of the tile; lines are a map's width apart in the map
     bool flat;   // lines follow each other in the map too
 
+    // q / (unit * line), by constants where that is possible: a division by a variable takes dozens of instructions.
+    __device__ __forceinline__ int lines(int q, int unit) const {
+#if BAKED
+        if (ONE_TILE || line == WIDTH) return (uint_t)q / (uint_t)(unit * WIDTH);
+        if (WIDTH % COLUMNS_TILE == 0 || line == COLUMNS_TILE) return (uint_t)q / (uint_t)(unit * COLUMNS_TILE);
+#endif
+        return (uint_t)q / (uint_t)(unit * line);
+    }
+
     // Where the tile's q-th position is in shared memory, and in the map.
-    __device__ __forceinline__ int index(int q, int skew) const { return q + skew * (int)((uint_t)q / (8u * (uint_t)line)); }
+    __device__ __forceinline__ int index(int q, int skew) const { return skew ? q + skew * lines(q, 8) : q; }
     __device__ __forceinline__ int position(int q, int width) const {
-        return flat ? origin + q : origin + (int)((uint_t)q / (uint_t)line) * (width - line) + q;
+        return flat ? origin + q : origin + lines(q, 1) * (width - line) + q;
     }
 };
 
@@ -62,28 +48,6 @@ __device__ __forceinline__ Tile tile_at(const Params &p, int code, int tile) {
         r.flat = true;
     }
     return r;
-}
-
-// Copies a tile of one array into shared memory. `from` is the array's first map element.
-template <int CODE>
-__device__ __forceinline__ void fetch(char *to, int64 from, int64 stride_h, int64 stride_w, const Tile &tile, const Params &p,
-                                      int thread) {
-    typedef typename Element<CODE>::type type;
-    const int skew = SKEW_OF, width = WIDTH_OF;
-#if COPY
-    const int pack = COPY / Element<CODE>::bytes;
-#pragma unroll
-    for (int i = 0; i < ITEMS / pack; ++i) {
-        const int q = (i * TEAM_THREADS + thread) * pack;
-        if (q < tile.count) copy<COPY>((type *)to + tile.index(q, skew), (const type *)from + tile.position(q, width));
-    }
-#else
-#pragma unroll 1
-    for (int q = thread; q < tile.count; q += TEAM_THREADS) {
-        const int position = tile.position(q, width), h = position / width, w = position - h * width;
-        ((type *)to)[tile.index(q, skew)] = ((const type *)from)[h * stride_h + w * stride_w];
-    }
-#endif
 }
 
 // A thread's ITEMS steps of a tile. Where 8 steps are 8 neighbours of a line or of a column (`kind`), one index says where they
@@ -162,8 +126,8 @@ __device__ __forceinline__ void find_steps(Steps &steps, const Params &p, const 
     }
 }
 
-// The thread's own steps from a zero state: y gets its share, h is the state it leaves. `reach` comes as C and leaves as what a
-// state that enters adds to y: C times the product of decays so far.
+// The thread's own steps from a zero state: h is the state it leaves, `product` what it multiplies a state with. Without RESCAN, y
+// gets its share and `reach` comes as C and leaves as what a state that enters adds to y: C times the product of decays so far.
 template <bool DOWN>
 __device__ __forceinline__ void scan_own(float (&y)[RANK][ITEMS], float (&h)[RANK], float &product, float (&reach)[ITEMS],
                                          const float (&a)[ITEMS], const float (&in)[RANK][ITEMS]) {
@@ -176,10 +140,22 @@ __device__ __forceinline__ void scan_own(float (&y)[RANK][ITEMS], float (&h)[RAN
 #pragma unroll
         for (int r = 0; r < RANK; ++r) {
             h[r] = fmaf(a[i], h[r], in[r][i]);
-            y[r][i] = fmaf(reach[i], h[r], y[r][i]);
+            if (!RESCAN) y[r][i] = fmaf(reach[i], h[r], y[r][i]);
         }
         product *= a[i];
-        reach[i] *= product;
+        if (!RESCAN) reach[i] *= product;
+    }
+}
+
+// The same steps once more, from the state that enters.
+template <bool DOWN>
+__device__ __forceinline__ void scan_again(float (&y)[ITEMS], float state, const float (&C)[ITEMS], const float (&a)[ITEMS],
+                                           const float (&in)[ITEMS]) {
+#pragma unroll
+    for (int j = 0; j < ITEMS; ++j) {
+        const int i = DOWN ? ITEMS - 1 - j : j;
+        state = fmaf(a[i], state, in[i]);
+        y[i] = fmaf(C[i], state, y[i]);
     }
 }
 
@@ -203,7 +179,8 @@ struct Cursor {
     }
     __device__ __forceinline__ void advance(const Params &p, int k_step) {
         ++step;
-        if (++n < NSTATE) return;
+        n += PAIR;
+        if (n < NSTATE) return;
         n = 0;
         ++front;
         if (++tile < tiles(p)) return;

@@ -20,8 +20,6 @@ struct Params {
 #define MEMBERS (32 * WARPS * FRONTS)
 #define MAX_TILES 64  // with two fronts
 
-static const float LN2 = 0.6931471805599453f;
-
 typedef Element<X_TYPE>::type x_type;
 typedef Element<F_TYPE>::type f_type;
 typedef Element<W_TYPE>::type w_type;

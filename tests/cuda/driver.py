@@ -28,6 +28,17 @@ def maps(batch, groups, rank, states, height, width, dtype, merge, directions, o
     ops.shared_scan2d(u, delta, A, B, C, bias, directions, order, True, merge, torch.float32)
 
 
+def map_scan(batch, D, height, width, rank, states, dtype, padding=0, K=4, order=None, channels_last=False):
+    x = normal(batch, D, height, width, dtype=dtype)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    count = rank + 2 * states  # as one GEMM writes them: the features of a position together
+    feats = normal(batch, height, width, K, count + padding, dtype=dtype)[..., :count].permute(0, 3, 4, 1, 2)
+    weight, A = normal(K, D, rank, dtype=dtype), -torch.rand(K * D, states, device="cuda")
+    codes = list(range(K)) if order is None else []
+    ops.ss2d(x, feats, weight, A, normal(D), normal(K * D), codes, order, True, torch.float32)
+
+
 def main() -> None:
     half, single = torch.float16, torch.float32
     selective(2, 2, 5, 1, 49, half)
@@ -40,6 +51,17 @@ def main() -> None:
     maps(70, 2, 3, 2, 14, 14, half, False, [1, 2])
     maps(70, 2, 1, 1, 72, 120, single, True, [3, 2])
     maps(2, 1, 1, 2, 6, 6, half, True, [], torch.randperm(36, device="cuda")[None])
+    maps(140, 4, 1, 4, 24, 24, half, True, [0, 1, 2, 3])
+    maps(3, 4, 1, 16, 56, 40, half, True, [0, 1, 2, 3])
+    maps(2, 4, 2, 1, 20, 30, half, False, [0, 1, 2, 3])
+    maps(1, 2, 1, 4, 96, 120, torch.bfloat16, True, [0, 3])
+    map_scan(2, 24, 14, 14, 6, 1, half)
+    map_scan(2, 17, 9, 7, 6, 1, single)
+    map_scan(2, 16, 16, 16, 4, 1, torch.bfloat16, padding=2)
+    map_scan(2, 9, 14, 28, 6, 4, half)
+    map_scan(1, 8, 96, 80, 6, 1, half)
+    map_scan(3, 40, 8, 8, 24, 1, half, padding=6, channels_last=True)
+    map_scan(1, 8, 6, 6, 4, 1, half, K=2, order=torch.stack([torch.randperm(36, device="cuda") for _ in range(2)]))
     a, b = torch.rand(2, 2, 3, 40, device="cuda"), normal(2, 2, 2, 3, 40)
     ops.linear_scan(a, b, a)
     ops.broadcast_add(normal(2, 2, 1, 9), normal(2, 6, 9, dtype=half), normal(6))

@@ -44,6 +44,7 @@ class _Problem:
     height: int
     width: int
     codes: tuple[int, ...]
+    bulk: bool  # the GPU has bulk copies (sm_90)
     copy: int  # bytes of one asynchronous copy that all arrays' alignment allows, 0 for none
 
     @property
@@ -72,6 +73,10 @@ class _Plan:
     teams: int
     items: int
     stages: int
+    pair: int  # states per step
+    rescan: bool
+    bulk: bool
+    loops: bool  # there are more steps than stages
     rows: int
     columns: int
     copy: int
@@ -172,6 +177,7 @@ def _prepare(u, delta, B, C, codes, table, softplus, merge, out_dtype) -> _Launc
     check_limits("a scan with shared decay", height * width, states)
     arrays = (delta, B, C) if linear else (u, delta, B, C)
     codes = (0,) * groups if codes is None else tuple(_simplest(code, height, width) for code in codes)
+    device = C.get_device()
     problem = _Problem(
         linear=linear,
         table=table,
@@ -185,9 +191,9 @@ def _prepare(u, delta, B, C, codes, table, softplus, merge, out_dtype) -> _Launc
         height=height,
         width=width,
         codes=codes,
+        bulk=torch.cuda.get_device_capability(device) >= (9, 0),
         copy=_copy_bytes(arrays, height, width),
     )
-    device = C.get_device()
     plan = _plan(
         problem,
         _bake(height, width, codes),
@@ -210,7 +216,7 @@ def _prepare(u, delta, B, C, codes, table, softplus, merge, out_dtype) -> _Launc
     return _Launch(
         kernel=_kernel(problem, plan, TYPE_CODES[dtype], device),
         grid=(batch, -(-rank // plan.rank), 1 if plan.merge else groups * plan.parts),
-        threads=plan.threads * plan.teams,
+        threads=(plan.threads + 32 * (plan.bulk and plan.loops)) * plan.teams,
         shared=plan.shared,
         sizes=(problem.directions, *sizes, *u_strides, *delta_strides, *B_strides, *C.stride()),
         out_shape=(batch, *directions, rank, height, width),
@@ -265,7 +271,7 @@ def _plan(problem: _Problem, baked: bool, shared_limit: int, multiprocessors: in
         for budget, tile, teams, stages in product(
             budgets, (_MAX_TILE, 4096, 2048, 1024, 512), teams_counts, (4, 3, 2)
         ):
-            plan = _fit(problem, baked, merge, parts, rank, teams, tile, items, stages, budget)
+            plan = _fit(problem, baked, merge, parts, rank, teams, tile, items, stages, 1, budget)
             if plan is not None:
                 return plan
     return None
@@ -285,7 +291,7 @@ def _team_counts(problem: _Problem, merge: bool, blocks: int, multiprocessors: i
     return (2, 1) if problem.groups < 4 or problem.length > 1024 else (4, 2, 1)
 
 
-def _fit(problem, baked, merge, parts, rank, teams, tile, items, stages, shared_limit) -> _Plan | None:
+def _fit(problem, baked, merge, parts, rank, teams, tile, items, stages, pair, shared_limit) -> _Plan | None:
     """The plan with these choices, or None if it does not fit into shared memory or a tile cannot hold a line."""
     height, width, length = problem.height, problem.width, problem.length
     states = problem.states // parts
@@ -322,16 +328,23 @@ def _fit(problem, baked, merge, parts, rank, teams, tile, items, stages, shared_
     sum_cap = -(-(length + skew * (height // 8 + 1)) // 8) * 8 if merge else cap
     size_u, size_delta, size_B, size_C = sizes[:4]
     if problem.linear:
-        front, stage = 0, size_delta + rank * size_B + size_C
+        front, stage = 0, pair * (size_delta + rank * size_B + size_C)
     else:
-        front, stage = -(-stages // states) * (size_delta + rank * size_u), size_B + size_C
+        front, stage = -(-stages * pair // states) * (size_delta + rank * size_u), pair * (size_B + size_C)
     shared = teams * (cap * (stages * stage + front) + rank * sum_cap * 4)
     shared += 4 * (problem.groups if merge else 1) * (states + 1)
-    fixed = teams * 2 * 4 * (threads // 32 * (rank + 1) + states * rank)
+    fixed = teams * 2 * 4 * (threads // 32 * (pair * rank + pair + 1) + states * rank + stages)
     if shared + fixed > shared_limit - 1024:
         return None
+    # Bulk copies are for pieces much longer than a line of a narrow tile.
+    bulk = problem.bulk and baked and copy == 16 and columns == width
+    tiles = max(-(-length // rows), -(-width // columns))
+    loops = (-(-problem.groups // teams) if merge else 1) * tiles * states > stages * pair
+    if (threads + 32 * (bulk and loops)) * teams > 1024:
+        return None
     return _Plan(
-        baked, merge, parts, rank, threads, teams, items, stages, rows, columns, copy, skew, cap, sum_cap, shared
+        *(baked, merge, parts, rank, threads, teams, items, stages, pair, rank == 1 and pair == 1, bulk, loops),
+        *(rows, columns, copy, skew, cap, sum_cap, shared),
     )
 
 
@@ -350,6 +363,10 @@ def _kernel(problem: _Problem, plan: _Plan, out_type: int, device: int):
         ("TEAMS", plan.teams),
         ("ITEMS", plan.items),
         ("STAGES", plan.stages),
+        ("PAIR", plan.pair),
+        ("RESCAN", int(plan.rescan)),
+        ("BULK", int(plan.bulk)),
+        ("LOOPS", int(plan.loops)),
         ("CAP", plan.cap),
         ("COPY", plan.copy),
         ("BAKED", int(plan.baked)),

@@ -1,0 +1,93 @@
+// How shared_scan.cu brings tiles into shared memory. Pasted into it after its parts; no file of its own.
+//
+// BULK (sm_90, 16-byte alignment, whole lines): a lane starts a bulk copy of each piece that is contiguous on both sides, and a
+// barrier in shared memory counts the bytes that have come. It leaves nearly all of the issue slots to the scan. Else cp.async, by
+// all threads; else, where strides or addresses forbid it (COPY is 0) or before sm_80, plain loads and stores.
+
+template <int PENDING> __device__ __forceinline__ void wait() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+template <int BYTES> __device__ __forceinline__ void copy(void *to, const void *from) {
+#if __CUDA_ARCH__ >= 800
+    const uint_t address = (uint_t)__cvta_generic_to_shared(to);
+    if (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+    else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(BYTES) : "memory");
+#else
+#pragma unroll
+    for (int i = 0; i < BYTES / 4; ++i) ((uint_t *)to)[i] = ((const uint_t *)from)[i];
+#endif
+}
+
+// Barriers that count arrivals (here always one) and bytes. They are given as shared addresses.
+__device__ __forceinline__ void arrival_init(uint_t barrier) {
+#if BULK
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void arrival_expect(uint_t barrier, int bytes) {
+#if BULK
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void arrival_wait(uint_t barrier, int parity) {
+#if BULK
+    uint_t done;
+    do {
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done)
+                     : "r"(barrier), "r"(parity)
+                     : "memory");
+    } while (!done);
+#endif
+}
+
+__device__ __forceinline__ void bulk_copy(void *to, const void *from, int bytes, uint_t barrier) {
+#if BULK
+    const uint_t address = (uint_t)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
+#endif
+}
+
+// Copies a tile of one array into shared memory. `from` is the array's first map element; where one warp is enough it is `turn`.
+template <int CODE>
+__device__ __forceinline__ void fetch(char *to, int64 from, int64 stride_h, int64 stride_w, const Tile &tile, const Params &p,
+                                      int thread, int turn, uint_t barrier) {
+    typedef typename Element<CODE>::type type;
+    const int skew = SKEW_OF, width = WIDTH_OF;
+#if BULK
+    if (thread / 32 != turn) return;
+    const int piece = !tile.flat ? tile.line : skew ? 8 * tile.line : tile.count;
+#pragma unroll 1
+    for (int q = thread % 32 * piece; q < tile.count; q += 32 * piece) {
+        const int bytes = min(piece, tile.count - q) * Element<CODE>::bytes;
+        bulk_copy((type *)to + tile.index(q, skew), (const type *)from + tile.position(q, width), bytes, barrier);
+    }
+#elif COPY
+    const int pack = COPY / Element<CODE>::bytes;
+#pragma unroll
+    for (int i = 0; i < ITEMS / pack; ++i) {
+        const int q = (i * TEAM_THREADS + thread) * pack;
+        if (q < tile.count) copy<COPY>((type *)to + tile.index(q, skew), (const type *)from + tile.position(q, width));
+    }
+#else
+#pragma unroll 1
+    for (int q = thread; q < tile.count; q += TEAM_THREADS) {
+        const int position = tile.position(q, width), h = position / width, w = position - h * width;
+        ((type *)to)[tile.index(q, skew)] = ((const type *)from)[h * stride_h + w * stride_w];
+    }
+#endif
+}
