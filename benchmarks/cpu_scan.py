@@ -1,17 +1,19 @@
-"""Speed of the scan ops on this CPU, against a Python loop over time.
+"""Speed of the scan ops on this CPU, against Python loops over time, and its growth with the length.
 
-    python benchmarks/cpu_scan.py [--threads 2] [--seconds 2] [--json FILE]
+    python benchmarks/cpu_scan.py [--threads 2] [--seconds 4] [--out benchmarks/results]
 
-The loop is `vmeanba_fx.ops.naive.selective_scan`: discretise the whole tensor, then one step after another, as the
-reference functions of public code do it. "D=1" is `linear_scan` with one channel, the recurrence that is left of a site
-after VMeanba's mean, at the same batch, groups, state and length; its share is of the full scan's time. Numbers first:
-every op is compared with the loop in float64 on the benchmark's own inputs, and a failure prints no speed. Times are
-medians in milliseconds, taken in turns so that a busy moment of the machine hits all alike.
+"official" is a loop as the reference functions of public code have it (VMamba's `selective_scan_torch`): discretise the whole
+tensor, then per step a multiply, an add and an einsum. "tight" is the best loop we could write: time outermost, one fused
+multiply-add per step in place, the outputs in one product at the end. "D=1" is `linear_scan` with one channel, the recurrence
+that is left of a site after VMeanba's mean, at the same batch, groups, state and length; its share is of the full scan's
+time. Numbers first: every op and both loops are compared with `ops.naive` in float64 on the benchmark's own inputs, and a
+failure prints no speed. Times are medians in milliseconds, taken in turns so that a busy moment of the machine hits all alike.
 """
 
 import argparse
-import json
+import datetime
 import platform
+import re
 import statistics
 import sys
 import time
@@ -19,13 +21,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tabulate import tabulate
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from vmeanba_fx import ops
-from vmeanba_fx.ops import naive
+from vmeanba_fx.ops import cpu_jit, naive
 
 # (batch, groups K, channels per group D, states N, length L)
-SHAPES = [(8, 4, 96, 16, 576), (8, 4, 96, 1, 576), (1, 4, 96, 16, 3136), (1, 4, 96, 1, 3136), (1, 4, 96, 1, 65536)]
+SHAPES = [(8, 4, 96, 16, 576), (8, 4, 96, 1, 576), (1, 4, 96, 16, 3136), (1, 4, 96, 1, 3136)]
+LENGTHS = [2**i for i in range(8, 17)]
 TOLERANCE = 1e-5
 
 
@@ -51,11 +58,42 @@ def inputs(batch: int, K: int, D: int, N: int, L: int) -> tuple[dict, dict]:
     return full, one
 
 
-def error(op: Callable, reference: Callable, arguments: dict) -> float:
-    """Largest difference from the loop in float64, relative to the largest value."""
-    doubled = {name: x.double() if torch.is_tensor(x) else x for name, x in arguments.items()}
-    expected = reference(**doubled)
-    return float((op(**arguments).double() - expected).abs().max() / expected.abs().max())
+def official_loop(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Tensor:
+    """Step for step what `selective_scan_torch` of the official VMamba computes."""
+    batch, channels, length = u.shape
+    K, N = B.shape[1:3]
+    delta = F.softplus(delta + delta_bias[:, None]) if delta_softplus else delta + delta_bias[:, None]
+    B, C = (x[:, :, None].expand(-1, -1, channels // K, -1, -1).reshape(batch, channels, N, length) for x in (B, C))
+    decay = torch.exp(torch.einsum("bdl,dn->bdln", delta, A))
+    drive = torch.einsum("bdl,bdnl,bdl->bdln", delta, B, u)
+    h = A.new_zeros(batch, channels, N)
+    outputs = []
+    for t in range(length):
+        h = decay[:, :, t] * h + drive[:, :, t]
+        outputs.append(torch.einsum("bdn,bdn->bd", h, C[..., t]))
+    return torch.stack(outputs, dim=2) + u * D[:, None]
+
+
+def tight_loop(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Tensor:
+    """Time outermost, so that a step works on one piece of memory; the states overwrite what drives them."""
+    K = B.shape[1]
+    dt = F.softplus(delta + delta_bias[:, None]) if delta_softplus else delta + delta_bias[:, None]
+    dt, product = (x.permute(2, 0, 1).unflatten(2, (K, -1)).contiguous() for x in (dt, dt * u))  # (L, B, K, D)
+    decay = torch.exp(dt[..., None] * A.unflatten(0, (K, -1)))  # (L, B, K, D, N)
+    h = product[..., None] * B.permute(3, 0, 1, 2)[:, :, :, None]
+    for before, now, factor in zip(h[:-1].unbind(0), h[1:].unbind(0), decay[1:].unbind(0), strict=True):
+        now.addcmul_(factor, before)
+    y = torch.matmul(h, C.permute(3, 0, 1, 2)[..., None])[..., 0]
+    return y.flatten(2).permute(1, 2, 0) + u * D[:, None]
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Largest difference relative to the largest value."""
+    return float((found.double() - expected).abs().max() / expected.abs().max())
+
+
+def doubled(arguments: dict) -> dict:
+    return {name: x.double() if torch.is_tensor(x) else x for name, x in arguments.items()}
 
 
 def times(calls: list[Callable[[], object]], seconds: float) -> list[float]:
@@ -74,29 +112,33 @@ def times(calls: list[Callable[[], object]], seconds: float) -> list[float]:
     return [statistics.median(column) for column in zip(*rounds, strict=True)]
 
 
-def measure(shape: tuple[int, ...], seconds: float) -> dict:
+def measure(shape: tuple[int, ...], seconds: float) -> list:
     full, one = inputs(*shape)
-    pairs = ((ops.selective_scan, naive.selective_scan, full), (ops.linear_scan, naive.linear_scan, one))
-    for op, reference, arguments in pairs:
-        difference = error(op, reference, arguments)
-        if not difference < TOLERANCE:
-            raise SystemExit(f"{op.__name__} is wrong by {difference:.1e} at {shape}; no speed is printed")
-    loop, ours, single = times(
-        [
-            lambda: naive.selective_scan(**full),
-            lambda: ops.selective_scan(**full),
-            lambda: ops.linear_scan(**one),
-        ],
-        seconds,
-    )
-    names = dict(zip(("batch", "K", "D", "N", "L"), shape, strict=True))
-    return names | {
-        "loop_ms": loop,
-        "scan_ms": ours,
-        "ratio": loop / ours,
-        "one_ms": single,
-        "one_share": single / ours,
-    }
+    expected = naive.selective_scan(**doubled(full))
+    calls = {"official loop": official_loop, "tight loop": tight_loop, "selective_scan": ops.selective_scan}
+    for name, call in calls.items():
+        require(name, error(call(**full), expected), shape)
+    require("linear_scan", error(ops.linear_scan(**one), naive.linear_scan(**doubled(one))), shape)
+    runs = [lambda call=call: call(**full) for call in calls.values()]
+    official, tight, ours, single = times([*runs, lambda: ops.linear_scan(**one)], seconds)
+    return [*shape, official, tight, ours, official / ours, tight / ours, single, f"{single / ours:.1%}"]
+
+
+def require(name: str, difference: float, shape: tuple[int, ...]) -> None:
+    if not difference < TOLERANCE:
+        raise SystemExit(f"{name} is wrong by {difference:.1e} at {shape}; no speed is printed")
+
+
+def growth(states: int, seconds: float) -> list[list]:
+    """Time per state of the full scan and of the one-channel scan for growing lengths."""
+    rows = []
+    for length in LENGTHS:
+        full, one = inputs(1, 4, 96, states, length)
+        if length <= 1024:
+            require("selective_scan", error(ops.selective_scan(**full), naive.selective_scan(**doubled(full))), (length,))
+        scan, single = times([lambda full=full: ops.selective_scan(**full), lambda one=one: ops.linear_scan(**one)], seconds)
+        rows.append([states, length, scan, 1e6 * scan / (4 * 96 * states * length), single])
+    return rows
 
 
 def processor() -> str:
@@ -106,23 +148,44 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def conditions(threads: int) -> str:
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    widths = [name for name in ("amx_tile", "avx512f", "avx2") if name in flags]
+    compiled = "no Numba" if cpu_jit._kernels() is None else "Numba kernels"
+    day = datetime.date.today().isoformat()
+    return f"{processor()} ({', '.join(widths)}), {threads} threads, torch {torch.__version__}, {compiled}, {day}"
+
+
+def write(folder: Path, title: str, threads: int, text: str) -> None:
+    """A file whose name carries the conditions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^\w.]+", "-", f"{title}_torch{torch.__version__.split('+')[0]}_{threads}threads.md")
+    (folder / name).write_text(text)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="intra-op threads of PyTorch")
     parser.add_argument("--seconds", type=float, default=4.0, help="measuring time for each shape")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--out", type=Path, help="folder that the tables are written to as well")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
 
-    conditions = {"cpu": processor(), "threads": options.threads, "torch": torch.__version__, "dtype": "float32"}
     with torch.inference_mode():
         rows = [measure(shape, options.seconds) for shape in SHAPES]
-    print(", ".join(f"{name} {value}" for name, value in conditions.items()))
-    headers = ["batch", "K", "D", "N", "L", "loop ms", "scan ms", "ratio", "D=1 ms", "D=1 share"]
-    table = [[*list(row.values())[:-1], f"{row['one_share']:.1%}"] for row in rows]
-    print(tabulate(table, headers, floatfmt=("d", "d", "d", "d", "d", ".1f", ".2f", ".1f", ".3f", "")))
-    if options.json:
-        options.json.write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=1) + "\n")
+        longer = [row for states in (1, 16) for row in growth(states, options.seconds / 8)]
+    headers = ["batch", "K", "D", "N", "L", "official ms", "tight ms", "scan ms", "ratio", "ratio", "D=1 ms", "D=1 share"]
+    formats = ("d", "d", "d", "d", "d", ".1f", ".1f", ".2f", ".1f", ".1f", ".3f", "")
+    tables = [
+        tabulate(rows, headers, tablefmt="github", floatfmt=formats),
+        tabulate(
+            longer, ["N", "L", "scan ms", "ns per state", "D=1 ms"], tablefmt="github", floatfmt=("d", "d", ".3f", ".2f", ".3f")
+        ),
+    ]
+    text = "\n\n".join([conditions(options.threads) + ", float32", tables[0], "Batch 1, K = 4, D = 96:", tables[1]]) + "\n"
+    print(text, end="")
+    if options.out:
+        write(options.out, f"cpu_scan_{processor()}", options.threads, text)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Graph passes: each one function ``(gm, ...) -> gm`` in its own file. A lossy pass says so in its first line."""
 
+from .bake_autocast import bake_autocast
 from .channels_last import channels_last
 from .cleanup import cleanup
 from .drop_annihilated import drop_annihilated
 from .functionalize import functionalize
+from .fuse_shared import fuse_shared
 from .fuse_ss2d import fuse_ss2d
 from .lift_skip import lift_skip
 from .manager import Pass, PassRecord, check_graph, run_passes
@@ -17,12 +19,14 @@ __all__ = [
     "PassRecord",
     "RankFit",
     "Readout",
+    "bake_autocast",
     "channels_last",
     "check_graph",
     "cleanup",
     "drop_annihilated",
     "find_readout",
     "functionalize",
+    "fuse_shared",
     "fuse_ss2d",
     "lift_skip",
     "mean_scan",

@@ -24,8 +24,10 @@ After (x is the permuted form of x')::
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, fx
 
+from vmeanba_fx.evaluate import attribute
 from vmeanba_fx.graph import Emitter, aten, remove_dead_code, value
 
 from .cleanup import cleanup
@@ -47,7 +49,11 @@ def channels_last(gm: fx.GraphModule) -> fx.GraphModule:
     for node in list(gm.graph.nodes):
         if node.op == "call_function":
             _sink(node)
+    # A view of what was contiguous meets a permuted map now; a reshape is the same view where there still is one.
+    for node in gm.graph.find_nodes(op="call_function", target=aten.view.default):
+        node.target = aten.reshape.default
     remove_dead_code(gm)
+    _lay_out_weights(gm)
     return cleanup(gm)
 
 
@@ -84,6 +90,15 @@ def _sink(node: fx.Node) -> None:
     node.replace_all_uses_with(emit(aten.permute.default, emit(node.target, *inside, **node.kwargs), _FIRST))
 
 
+def _lay_out_weights(gm: fx.GraphModule) -> None:
+    """A convolution of a channels-last map converts a weight that is not channels-last at every call: do it here, once."""
+    for conv in gm.graph.nodes:
+        if conv.target is aten.conv2d.default and _is_first(conv.args[0]) and conv.args[1].op == "get_attr":
+            weight = attribute(conv.args[1])
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+            conv.args[1].meta["val"] = value(conv.args[1]).contiguous(memory_format=torch.channels_last)
+
+
 def _is_first(node: object) -> bool:
     return isinstance(node, fx.Node) and node.target is aten.permute.default and list(node.args[1]) == _FIRST
 
@@ -102,6 +117,8 @@ def _operands(node: fx.Node) -> list[object] | None:
             plans.append(lambda a=a: a)
         elif value(a).dim() == 3 and tuple(value(a).shape[1:]) == (1, 1):  # one value per channel
             plans.append(lambda a=a: emit(aten.flatten.using_ints, a, 0, 2))
+        elif value(a).dim() == 4 and value(a).shape[1] == 1:  # one channel: its permuted form is a view
+            plans.append(lambda a=a: emit(aten.permute.default, a, _LAST))
         else:
             return None
     return [*(plan() for plan in plans), *node.args[2:]]

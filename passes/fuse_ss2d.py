@@ -11,7 +11,7 @@ Before (VMamba, K = 4)::
 
 After (pointwise projections commute with a permutation of positions)::
 
-    feats  = matmul(x as (B, L, D), x_proj of all directions)   # one GEMM on the un-scanned map
+    feats  = linear(x as (B, H, W, D), x_proj of all directions)   # one GEMM on the un-scanned map
     merged = ss2d(x, feats, dt_projs, A, sum_k D_k, delta_bias, directions=[0, 1, 2, 3])
 
 What the nodes do is found and proved by evaluating them (:mod:`vmeanba_fx.cross_scan`); a site that is not provably this
@@ -24,13 +24,12 @@ import torch
 from torch import Tensor, fx
 
 from vmeanba_fx.cross_scan import CrossScan, Merge, Projections, find_cross_scan, find_merge, find_projections
-from vmeanba_fx.evaluate import Unprovable, is_parameter_only
-from vmeanba_fx.graph import SITE, Emitter, aten, remove_dead_code, scan_nodes, value
+from vmeanba_fx.evaluate import Unprovable, evaluate, is_parameter_only
+from vmeanba_fx.graph import NOT_FUSED, SITE, Emitter, aten, remove_dead_code, scan_nodes, value
 
 from .mean_scan import group_shape, scan_arguments
 
 NAME = "fuse_ss2d"
-NOT_FUSED = "vmeanba_fx.not_fused"
 # The CUDA kernel loads the features of a position as 16-byte words: per direction they are padded to 8 halves.
 _ALIGN = 8
 
@@ -72,31 +71,34 @@ def _features(
     padded = -(-C // _ALIGN) * _ALIGN
     weight = weights.x_weight.new_zeros(K, padded, D)
     weight[:, :C] = weights.x_weight
-    by_position = _buffer(gm, emit, site, "x_proj", weight.reshape(K * padded, D).t(), cross)
-    feats = emit(aten.matmul.default, _channel_last(emit, cross), by_position)  # (B, L, K * padded)
-    feats = emit(aten.unflatten.int, feats, 2, [K, padded])
-    feats = emit(aten.unflatten.int, feats, 1, [cross.height, cross.width])
-    feats = emit(aten.permute.default, feats, [0, 3, 4, 1, 2])
+    matrix = make_buffer(gm, emit, site, "x_proj", weight.reshape(K * padded, D), cross)
+    x = channel_first(emit, cross)
+    feats = emit(aten.linear.default, emit(aten.permute.default, x, [0, 2, 3, 1]), matrix)  # (B, H, W, K * padded)
+    feats = emit(aten.unflatten.int, emit(aten.permute.default, feats, [0, 3, 1, 2]), 1, [K, padded])
     if padded != C:
         feats = emit(aten.slice.Tensor, feats, 2, 0, C)
-    return channel_first(emit, cross), feats
+    return x, feats
 
 
 def _core(
     gm: fx.GraphModule, emit: Emitter, cross: CrossScan, weights: Projections, merge: Merge, a: dict, x: fx.Node,
     feats: fx.Node, site: str,
 ) -> fx.Node:  # fmt: skip
-    dt_weight = _buffer(gm, emit, site, "dt_proj", weights.dt_weight, cross)
-    bias = a["delta_bias"]
-    if weights.dt_offset is not None:
-        offset = _buffer(gm, emit, site, "dt_offset", weights.dt_offset, cross)
-        bias = offset if bias is None else emit(aten.add.Tensor, bias, offset)
-    skip = None if merge.skip is None else _buffer(gm, emit, site, "D", merge.skip, cross, torch.float32)
+    dt_weight = make_buffer(gm, emit, site, "dt_proj", weights.dt_weight, cross)
+    # -exp(A_log) and the like are worked out here, once.
+    [A] = evaluate([a["A"]], {}, 1)
+    bias = weights.dt_offset
+    if a["delta_bias"] is not None:
+        [given] = evaluate([a["delta_bias"]], {}, 1)
+        bias = given if bias is None else given + bias
+    A = make_buffer(gm, emit, site, "A", A, cross, torch.float32)
+    bias = None if bias is None else make_buffer(gm, emit, site, "dt_bias", bias, cross, torch.float32)
+    skip = None if merge.skip is None else make_buffer(gm, emit, site, "D", merge.skip, cross, torch.float32)
     order = None
     if not cross.directions:
-        order = emit.get_attr(gm, _name(site, "order"), cross.order.to(device_of(cross), torch.int32))
+        order = make_buffer(gm, emit, site, "order", cross.order, cross, torch.int32)
     return emit(
-        torch.ops.vmeanba_fx.ss2d.default, x, feats, dt_weight, a["A"], skip, bias, list(cross.directions), order,
+        torch.ops.vmeanba_fx.ss2d.default, x, feats, dt_weight, A, skip, bias, list(cross.directions), order,
         a["delta_softplus"], value(merge.node).dtype,
     )  # fmt: skip
 
@@ -112,15 +114,6 @@ def channel_first(emit: Emitter, cross: CrossScan) -> fx.Node:
     return x
 
 
-def _channel_last(emit: Emitter, cross: CrossScan) -> fx.Node:
-    """The source of a cross scan as a (B, L, D) node, without a copy."""
-    x, dims = cross.source, value(cross.source).dim()
-    if cross.last:
-        return x if dims == 3 else emit(aten.flatten.using_ints, x, 1, 2)
-    x = x if dims == 3 else emit(aten.flatten.using_ints, x, 2, 3)
-    return emit(aten.transpose.int, x, 1, 2)
-
-
 def restore_shape(emit: Emitter, merged: fx.Node, merge: Merge) -> fx.Node:
     """A (B, D, H, W) node in the shape of the merged node it replaces."""
     if merge.last:
@@ -134,14 +127,12 @@ def device_of(cross: CrossScan) -> torch.device:
     return value(cross.source).device
 
 
-def _buffer(
+def make_buffer(
     gm: fx.GraphModule, emit: Emitter, site: str, name: str, tensor: Tensor, cross: CrossScan,
     dtype: torch.dtype | None = None,
 ) -> fx.Node:  # fmt: skip
+    """``tensor`` as a buffer on the device of ``cross``; in its dtype, or in ``dtype`` where that is wider or no float."""
     held = value(cross.source)
-    wanted = torch.promote_types(held.dtype, dtype) if dtype is not None else held.dtype
-    return emit.get_attr(gm, _name(site, name), tensor.to(held.device, wanted).contiguous())
-
-
-def _name(site: str, name: str) -> str:
-    return f"{site}.{name}".replace(".", "_").replace("#", "_")
+    if dtype is None or dtype.is_floating_point:
+        dtype = held.dtype if dtype is None else torch.promote_types(held.dtype, dtype)
+    return emit.get_attr(gm, f"{site}.{name}".replace(".", "_").replace("#", "_"), tensor.to(held.device, dtype).contiguous())

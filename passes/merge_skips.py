@@ -19,10 +19,10 @@ from torch import fx
 
 from vmeanba_fx.cross_scan import find_cross_scan, find_merge
 from vmeanba_fx.evaluate import Unprovable
-from vmeanba_fx.graph import SITE, Emitter, aten, remove_dead_code, value
+from vmeanba_fx.graph import NOT_FUSED, SITE, Emitter, aten, remove_dead_code, value
 
 from .drop_annihilated import SKIP
-from .fuse_ss2d import NOT_FUSED, channel_first, device_of, restore_shape
+from .fuse_ss2d import channel_first, device_of, restore_shape
 
 NAME = "merge_skips"
 

@@ -8,18 +8,17 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from vmeanba_fx.passes.fuse_ss2d import NOT_FUSED
 
 import vmeanba_fx
 from tests import zoo
 from tests.helpers import make_scan_matter
 from vmeanba_fx.cross_scan import find_cross_scan
 from vmeanba_fx.evaluate import Unprovable, evaluate
-from vmeanba_fx.graph import aten, scan_nodes
+from vmeanba_fx.graph import NOT_FUSED, aten, scan_nodes
 from vmeanba_fx.models import VSSM
 from vmeanba_fx.ops.directions import direction_table
 
-EXACT = ("drop_annihilated", "merge_skips", "fuse_ss2d", "channels_last", "cleanup")
+EXACT = ("drop_annihilated", "merge_skips", "fuse_ss2d", "fuse_shared", "channels_last", "cleanup")
 BOUND = {torch.float32: 1e-5, torch.float64: 1e-12}
 OURS = torch.ops.vmeanba_fx
 COMMON = {"depths": [1, 1], "dims": 12, "patch_size": 4, "in_chans": 3, "num_classes": 5, "imgsize": 32}
@@ -316,3 +315,14 @@ def test_lossless_export_and_compile():
         assert relative(program.module()(x[:1]), expected[:1]) < 1e-5
         compiled = torch.compile(gm, fullgraph=True, backend="aot_eager")
         assert relative(compiled(x), expected) < 1e-5
+
+
+def test_convolutions_have_their_weights_in_the_layout_of_their_maps():
+    """Else PyTorch converts them at every call. The caller's model and the plan's graph keep theirs."""
+    plan, x = planned("v05_noz", torch.float32)
+    gm = plan.apply(0)
+    weight, before = (graph.get_parameter("layers.0.downsample.1.weight") for graph in (gm, plan.graph))
+    assert weight.is_contiguous(memory_format=torch.channels_last) and before.is_contiguous()
+    assert torch.equal(weight, before) and isinstance(weight, nn.Parameter)
+    exported = torch.export.export(gm, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
+    assert torch.equal(exported(x[:1]), gm(x[:1]))

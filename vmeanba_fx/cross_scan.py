@@ -9,7 +9,9 @@ Notation: x (B, D, H, W) is the un-scanned map, order[k, t] the flat position th
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, fx
@@ -111,26 +113,14 @@ def find_projections(scan: CrossScan, delta: fx.Node, B: fx.Node, C: fx.Node, u:
     rank, rest = divmod(_numel(shape_of(low_rank, rows.batch)[1:]), K * L)
     if rest or rank < 1 or rank >= D:
         raise Unprovable(f"the step projection reads {low_rank.name}, which is no low-rank feature map")
+    x_weight, shift = _read_affine(rows, scan.source, scan.to_source, (K, D, L), [low_rank, B, C], scan.order)
+    if bool(shift.abs().max() > 0):
+        raise Unprovable("the projection of the map has a bias")
     state = shape_of(B, rows.batch)[2]
-    inverse = inverse_table(scan.order)
-
-    # One evaluation reads all weights: position p of image b holds the unit vector of channel (b*L + p) mod D.
-    images = -(-D // L)
-    unit = torch.zeros(images, D, L, dtype=torch.float64, device=rows.device)
-    p = torch.arange(L)
-    for b in range(images):
-        unit[b, (b * L + p) % D, p] = 1.0
-    parts = rows.run([low_rank, B, C], scan.source, scan.to_source(unit))
-    feats = torch.cat([t.reshape(images, K, -1, L) for t in parts], dim=2)
-    d = torch.arange(D)
-    x_weight = torch.stack([feats[d // L, k][d, :, inverse[k, d % L]] for k in range(K)]).transpose(1, 2)
-
     shape = shape_of(low_rank, rows.batch)[1:]
-    steps = torch.eye(rank, dtype=torch.float64, device=rows.device).reshape(rank, 1, rank, 1).expand(rank, K, rank, L)
-    zero = torch.zeros(1, K, rank, L, dtype=torch.float64, device=rows.device)
-    out = rows.run([delta], low_rank, torch.cat([zero, steps]).reshape(rank + 1, *shape))[0].reshape(-1, K, D, L)
-    offset = out[0, :, :, 0]
-    dt_weight = (out[1:, :, :, 0] - offset).permute(1, 2, 0)
+    dt_weight, offset = _read_affine(
+        rows, low_rank, lambda t: t[:, None].expand(-1, K, -1, -1).reshape(-1, *shape), (K, rank, L), [delta]
+    )
 
     x = rows.random(0, D, L)
     xs = x[:, :, scan.order].transpose(1, 2)  # (B, K, D, L)
@@ -142,6 +132,33 @@ def find_projections(scan: CrossScan, delta: fx.Node, B: fx.Node, C: fx.Node, u:
         _require_equal(a.reshape(b.shape), b, f"{name} is no pointwise projection of the un-scanned map")
     has_offset = bool(offset.abs().max() > 0)
     return Projections(x_weight, dt_weight, offset.reshape(-1) if has_offset else None, rank)
+
+
+def find_pointwise(scan: CrossScan, features: list[fx.Node], u: fx.Node) -> tuple[Tensor, Tensor]:
+    """(weight (K, F, D), shift (K, F)): ``features``, (B, K, f, L) or (B, K, L), are weight @ map + shift in scan order."""
+    rows = _Rows(u.graph)
+    sizes = scan.groups, scan.channels, scan.length
+    weight, shift = _read_affine(rows, scan.source, scan.to_source, sizes, features, scan.order)
+    x = rows.random(0, scan.channels, scan.length)
+    xs = x[:, :, scan.order].transpose(1, 2)
+    expected = torch.einsum("kfd,bkdl->bkfl", weight, xs) + shift[..., None]
+    found = evaluate([u, *features], {scan.source: scan.to_source(x)}, rows.batch)
+    _require_equal(xs.reshape(found[0].shape), found[0], f"{u.name} mixes images")
+    found = torch.cat([t.reshape(rows.batch, scan.groups, -1, scan.length) for t in found[1:]], dim=2)
+    _require_equal(expected, found, "what the scan reads is no pointwise projection of the un-scanned map")
+    return weight, shift
+
+
+def find_read_out(scan: CrossScan, low: fx.Node, y: fx.Node) -> tuple[Tensor, Tensor]:
+    """(V (K, D, r), b (K, D)): ``y`` (B, K*D, L) is V @ ``low`` + b, where ``low`` is (B, K, r, L)."""
+    rows = _Rows(low.graph)
+    K, r, L = (*shape_of(low, rows.batch)[1:3], scan.length)
+    weight, shift = _read_affine(rows, low, lambda t: t[:, None].expand(-1, K, -1, -1), (K, r, L), [y])
+    given = rows.random(3, K, r, L)
+    expected = torch.einsum("kdr,bkrl->bkdl", weight, given) + shift[..., None]
+    [found] = evaluate([y], {low: given}, rows.batch)
+    _require_equal(expected.reshape(found.shape), found, f"{y.name} is no linear map of the scan's output")
+    return weight, shift
 
 
 def find_merge(scan: CrossScan, start: fx.Node, y: fx.Node | None) -> Merge:
@@ -177,6 +194,29 @@ def find_merge(scan: CrossScan, start: fx.Node, y: fx.Node | None) -> Merge:
     raise Unprovable(reason)
 
 
+def _read_affine(
+    rows: _Rows, source: fx.Node, to_source: Callable[[Tensor], Tensor], sizes: tuple[int, int, int], wanted: list[fx.Node],
+    order: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(weight (K, F, c), shift (K, F)) of a pointwise map from the c channels of ``source`` to ``wanted``, if it is one.
+
+    ``sizes``: (K, c, L). ``order``: the positions of ``source`` that each step of ``wanted`` belongs to. One evaluation
+    reads all weights: position p of image b holds the unit vector of channel (b*L + p) mod (c + 1), the last one zero.
+    """
+    K, channels, L = sizes
+    images = -(-(channels + 1) // L)
+    unit = torch.zeros(images, channels + 1, L, dtype=torch.float64, device=rows.device)
+    p = torch.arange(images * L)
+    unit[p // L, p % (channels + 1), p % L] = 1.0
+    parts = rows.run(wanted, source, to_source(unit[:, :channels]))
+    features = torch.cat([t.reshape(images, K, -1, L) for t in parts], dim=2)
+    c = torch.arange(channels + 1)
+    steps = (c % L).expand(K, -1) if order is None else inverse_table(order)[:, c % L]
+    read = torch.stack([features[c // L, k, :, steps[k]] for k in range(K)])  # (K, c + 1, F)
+    shift = read[:, channels]
+    return (read[:, :channels] - shift[:, None]).transpose(1, 2), shift
+
+
 class _Rows:
     """Evaluates a region on any number of images, whatever batch the graph was traced with."""
 
@@ -188,8 +228,7 @@ class _Rows:
 
     def random(self, seed: int, *shape: int) -> Tensor:
         """Normal values for one batch; the same for the same seed on every device."""
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(self.batch, *shape, dtype=torch.float64, generator=generator).to(self.device)
+        return _normal(seed, (self.batch, *shape)).to(self.device)
 
     def run(self, wanted: list[fx.Node], source: fx.Node, rows: Tensor) -> list[Tensor]:
         if self.dynamic:
@@ -200,6 +239,11 @@ class _Rows:
             for kept, t in zip(out, evaluate(wanted, {source: filled}, self.batch), strict=True):
                 kept.append(t[: chunk.shape[0]])
         return [torch.cat(kept) for kept in out]
+
+
+@lru_cache(maxsize=8)  # the sites of a stage ask for the same one after the other
+def _normal(seed: int, shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def _numel(shape: tuple[int, ...]) -> int:
@@ -264,10 +308,9 @@ def _contraction_input(delta: fx.Node, source: fx.Node) -> fx.Node:
             raise Unprovable("delta is the map itself, not a projection of it")
 
 
-def _candidates(start: fx.Node, count: int, batch: int) -> list[fx.Node]:
+def _candidates(start: fx.Node, count: int, batch: int) -> Iterator[fx.Node]:
     """Nodes behind ``start`` through which all it contributes flows, of ``count`` elements per image, nearest first."""
     reached = {start}
-    out: list[fx.Node] = []
     for node in start.graph.nodes:
         if node is start or not any(a in reached for a in node.all_input_nodes):
             continue
@@ -276,8 +319,7 @@ def _candidates(start: fx.Node, count: int, batch: int) -> list[fx.Node]:
         reached.add(node)
         held = value(node)
         if isinstance(held, Tensor) and _numel(shape_of(node, batch)[1:]) == count and _dominates(node, start, reached):
-            out.append(node)
-    return out
+            yield node
 
 
 def _dominates(node: fx.Node, start: fx.Node, reached: set[fx.Node]) -> bool:
@@ -299,7 +341,12 @@ def _dominates(node: fx.Node, start: fx.Node, reached: set[fx.Node]) -> bool:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return bool(torch.isfinite(b).all()) and bool((a - b).abs().max() <= _TOLERANCE * max(float(a.abs().max()), 1.0))
+    # Not a number anywhere makes the largest difference not a number, and the comparison false.
+    return bool(_largest(a - b) <= _TOLERANCE * max(float(_largest(a)), 1.0))
+
+
+def _largest(t: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(t, float("inf"))
 
 
 def _require_equal(a: Tensor, b: Tensor, sentence: str) -> None:

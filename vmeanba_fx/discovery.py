@@ -70,6 +70,8 @@ class Discovery:
         fn = getattr(fn, "__func__", fn)
         if not callable(fn) or (getattr(fn, "__module__", None) or "").startswith("vmeanba_fx."):
             return
+        if not isinstance(obj, type) and getattr(fn, "__code__", None) and fn.__code__.co_varnames[:1] == ("ctx",):
+            return  # the forward of a Function, which is swapped on the class
         parameters = parameter_names(fn)
         if (spec := find_spec(obj, parameters)) is not None:
             if isinstance(obj, type):

@@ -31,8 +31,8 @@ class Unprovable(Exception):
 def batch_symbols(graph: fx.Graph) -> frozenset[Any]:
     """The symbols that stand for the batch: those of the first dimension of the inputs."""
     symbols: set[Any] = set()
-    for node in graph.nodes:
-        held = value(node) if node.op == "placeholder" else None
+    for node in graph.find_nodes(op="placeholder"):
+        held = value(node)
         if isinstance(held, Tensor) and held.dim() and isinstance(held.shape[0], torch.SymInt):
             symbols |= held.shape[0].node.expr.free_symbols
     return frozenset(symbols)

@@ -91,9 +91,9 @@ class Interception:
         try:
             call = spec.adapt(bound.arguments)
         except Refusal as refusal:
-            place, taken = self.where(), self._taken
+            place, seen = self.where(), (self._taken, len(self.refused))
             result = original(*args, **kwargs)
-            if not spec.proof or self._taken == taken:  # else a scan inside of it was taken
+            if not spec.proof or (self._taken, len(self.refused)) == seen:  # else a scan inside of it was seen
                 self.refused.append((place, str(refusal)))
             return result
         case = (id(signature), *case_of(bound.arguments))
@@ -264,9 +264,9 @@ def intercept(model: nn.Module, emit: Emit, where: Callable[[], str]) -> Iterato
         interception = Interception(emit, where)
         try:
             found = discover(model)
-            interception.swap_functions(found)
             for cls, target in (found.classes | found.companion_classes).items():
                 interception.swap_class(cls, target)
+            interception.swap_functions(found)
             interception.swap_pybind(found)
             interception.supply_missing(found)
             yield interception, found

@@ -32,6 +32,7 @@ from .passes import (
     channels_last,
     cleanup,
     drop_annihilated,
+    fuse_shared,
     fuse_ss2d,
     mean_scan,
     merge_skips,
@@ -234,7 +235,7 @@ class Plan:
         if speedup is not None and self.times is not None:
             predicted = self.times.speedup(i for i, s in enumerate(self.sites) if s.name in chosen)
             speed = Speed(speedup, predicted, self.times.against(gm), self.times.device)
-        attach_report(gm, Report.of(self, chosen, records, gm.meta.pop(REFIT, ()), speed))
+        attach_report(gm, Report.of(self, chosen, records, gm, gm.meta.pop(REFIT, ()), speed))
         attach_plan(gm, self.to_dict())
         return gm
 
@@ -248,7 +249,7 @@ class Plan:
 
     def _passes(self, chosen: list[str]) -> list[Pass]:
         lossy = [Pass("mean_scan", partial(mean_scan, sites=chosen, mean=self.mean), exact=False)] if chosen else []
-        exact = (drop_annihilated, merge_skips, fuse_ss2d, channels_last, cleanup)
+        exact = (drop_annihilated, merge_skips, fuse_ss2d, fuse_shared, channels_last, cleanup)
         return [*lossy, *(Pass(run.__name__, run, exact=True) for run in exact)]
 
     def _fitted(

@@ -27,7 +27,8 @@ LINEAR = {
     aten.narrow.default, aten.flip.default, aten.rot90.default, aten.roll.default, aten.index_select.default,
     aten.index.Tensor, aten.cat.default, aten.stack.default, aten.slice_scatter.default, aten.select_scatter.default,
     aten.add.Tensor, aten.sub.Tensor, aten.neg.default, aten.sum.dim_IntList, aten.repeat.default,
-    aten.movedim.int, aten.swapaxes.default, aten.numpy_T.default, operator.getitem,
+    aten.movedim.int, aten.swapaxes.default, aten.numpy_T.default, aten.copy.default, aten.as_strided_scatter.default,
+    operator.getitem,
 }  # fmt: skip
 PRODUCT = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
 # The identity up to rounding; run as the identity so that the check is exact.
@@ -36,7 +37,12 @@ IDENTITY = {
     aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default, aten.dropout.default,
     aten.lift_fresh_copy.default, aten.view_as.default, aten.type_as.default,
 }  # fmt: skip
-NOTHING = {aten._assert_tensor_metadata.default, aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default}
+# Read no number of it: its sizes and dtype at most.
+NOTHING = {
+    aten._assert_tensor_metadata.default, aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default,
+    aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default,
+    aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,
+}  # fmt: skip
 LAYER_NORMS = {aten.layer_norm.default, aten.native_layer_norm.default}
 
 

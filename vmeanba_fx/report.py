@@ -10,6 +10,7 @@ from tabulate import tabulate
 from torch import fx
 
 from .errors import VMeanbaError
+from .graph import NOT_FUSED, SITE, graph_modules
 from .passes.manager import PassRecord
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Report:
     """``chosen``: names of the replaced sites. ``table``: all sites as printed. ``passes``: what each pass changed.
 
     ``ranks``: channels per direction of the replaced sites, with ``reduce="rank"``. ``refitted``: one sentence per layer.
+    ``unfused``: why the exact passes left a site on the scanned copies of its map, by site.
     ``flops_before``/``flops_after``: operations of all scans at batch 1, as the paper's authors count them.
     """
 
@@ -56,12 +58,13 @@ class Report:
     table: str = field(repr=False)
     ranks: dict[str, int] = field(default_factory=dict)
     refitted: tuple[str, ...] = ()
+    unfused: dict[str, str] = field(default_factory=dict)
     speed: Speed | None = None
 
     @classmethod
     def of(
-        cls, plan: Plan, chosen: list[str], records: list[PassRecord], refitted: Iterable[object] = (),
-        speed: Speed | None = None,
+        cls, plan: Plan, chosen: list[str], records: list[PassRecord], gm: fx.GraphModule,
+        refitted: Iterable[object] = (), speed: Speed | None = None,
     ) -> Report:  # fmt: skip
         impacts = {s.name: plan.impact(i) for i, s in enumerate(plan.sites)} if plan.scored else {}
         # The literal block keeps its scan unless the exact pass removed it.
@@ -71,7 +74,7 @@ class Report:
         return cls(
             tuple(chosen), plan.metric, plan.base, impacts, plan.mean, before, after, tuple(records), plan.table(chosen),
             {name: plan.fits[name].rank for name in chosen if name in plan.fits}, tuple(map(str, refitted)),
-            speed,
+            reasons(gm), speed,
         )  # fmt: skip
 
     @property
@@ -91,6 +94,7 @@ class Report:
             *([] if self.speed is None else [str(self.speed)]),
             *map(str, self.passes),
             *self.refitted,
+            *(f"{site}: not fused, {why}" for site, why in self.unfused.items()),
         ]
         return "\n".join(lines)
 
@@ -99,7 +103,7 @@ class Report:
             "chosen": list(self.chosen), "metric": self.metric, "base": self.base, "impacts": self.impacts,
             "mean": self.mean, "ranks": self.ranks, "refitted": list(self.refitted),
             "flops_before": self.flops_before, "flops_after": self.flops_after,
-            "passes": [p.to_dict() for p in self.passes],
+            "passes": [p.to_dict() for p in self.passes], "unfused": self.unfused,
             "speed": None if self.speed is None else asdict(self.speed),
         }  # fmt: skip
 
@@ -129,6 +133,12 @@ class Report:
         except (TypeError, ValueError) as error:
             raise ValueError(f"a report of unknown form: {error}") from None
         return found
+
+
+def reasons(gm: fx.GraphModule) -> dict[str, str]:
+    """Sentences that the exact passes left at sites they could not fuse."""
+    nodes = [n for owner in graph_modules(gm) for n in owner.graph.nodes if NOT_FUSED in n.meta]
+    return {str(n.meta.get(SITE, n.name)): n.meta[NOT_FUSED] for n in nodes}
 
 
 def report(gm: fx.GraphModule) -> Report:

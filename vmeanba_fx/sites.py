@@ -42,6 +42,12 @@ class Site:
     reason: str
 
     @property
+    def module(self) -> str:
+        """Path of the module that scans: the block that a choice by module takes or leaves as a whole."""
+        path, mark, number = self.name.rpartition("#")
+        return path if mark and number.isdigit() else self.name
+
+    @property
     def kind(self) -> str:
         return "annihilated" if self.annihilated else "live"
 

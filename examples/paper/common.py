@@ -132,12 +132,10 @@ def classification_data(kind: str, size: int) -> Callable[..., tuple[Tensor, Ten
 
 
 def scene_data(data: str, train: bool, count: int, seed: int, device: str) -> tuple[Tensor, Tensor]:
-    """Scenes that no other seed gives; those of the test split are made from test images only."""
-    images, labels = arrays(data, "fashion", train)
-    parts = [
-        compose(images.to(device), labels.to(device), min(250, count - start), seed=1_000_003 * (seed + 1) + start)
-        for start in range(0, count, 250)
-    ]
+    """Scenes that no other seed gives and none of training; those of the test split are made from test images only."""
+    images, labels = (t.to(device) for t in arrays(data, "fashion", train))
+    numbers = torch.arange(1_000_000 * (seed + 2), 1_000_000 * (seed + 2) + count, device=device)
+    parts = [compose(images, labels, chunk) for chunk in numbers.split(250)]
     return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
 
 
@@ -220,7 +218,7 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, measure: str = "a
     return 100 * float((hits[union > 0] / union[union > 0]).mean())
 
 
-def batches(images: Tensor, labels: Tensor, batch: int = 250) -> list[tuple[Tensor, Tensor]]:
+def batches(images: Tensor, labels: Tensor, batch: int = 125) -> list[tuple[Tensor, Tensor]]:
     return list(zip(images.split(batch), labels.split(batch), strict=True))
 
 
@@ -237,21 +235,26 @@ class Variant:
     line: str
 
 
+def _rank(r: int) -> dict[str, Any]:
+    return {"reduce": "rank", "rank": r}
+
+
+_REFIT = {"refit": True}
 VARIANTS = {
     v.name: v
     for v in (
         Variant("mean", {}, {}, "k.-"),
-        Variant("rank1", {"reduce": "rank", "rank": 1}, {}, "C0.--"),
-        Variant("rank4", {"reduce": "rank", "rank": 4}, {}, "C1.--"),
-        Variant("rank8", {"reduce": "rank", "rank": 8}, {}, "C5.--"),
-        Variant("rank16", {"reduce": "rank", "rank": 16}, {}, "C2.--"),
-        Variant("mean_refit", {"refit": True}, {}, "k.:"),
-        Variant("rank1_refit", {"reduce": "rank", "rank": 1, "refit": True}, {}, "C0.-"),
-        Variant("rank4_refit", {"reduce": "rank", "rank": 4, "refit": True}, {}, "C1.-"),
-        Variant("rank8_refit", {"reduce": "rank", "rank": 8, "refit": True}, {}, "C5.-"),
-        Variant("rank16_refit", {"reduce": "rank", "rank": 16, "refit": True}, {}, "C2.-"),
+        Variant("rank1", _rank(1), {}, "C0.--"),
+        Variant("rank4", _rank(4), {}, "C1.--"),
+        Variant("rank8", _rank(8), {}, "C5.--"),
+        Variant("rank16", _rank(16), {}, "C2.--"),
+        Variant("mean_refit", {}, _REFIT, "k.:"),
+        Variant("rank1_refit", _rank(1), _REFIT, "C0.-"),
+        Variant("rank4_refit", _rank(4), _REFIT, "C1.-"),
+        Variant("rank8_refit", _rank(8), _REFIT, "C5.-"),
+        Variant("rank16_refit", _rank(16), _REFIT, "C2.-"),
         Variant("mean_greedy", {"greedy": True}, {}, "k.-."),
-        Variant("rank4_refit_greedy", {"reduce": "rank", "rank": 4, "refit": True, "greedy": True}, {}, "C1.-."),
+        Variant("rank4_greedy_refit", _rank(4) | {"greedy": True}, _REFIT, "C1.-."),
     )
 }
 SHORT = {name: "paper's mean" if name == "mean" else name.replace("_", " + ") for name in VARIANTS}
@@ -260,7 +263,7 @@ SHORT = {name: "paper's mean" if name == "mean" else name.replace("_", " + ") fo
 class Study:
     """A task's model, captured once, with calibration images of a seed and the test images, all on the device."""
 
-    def __init__(self, task: Task, args: argparse.Namespace, seed: int, calibration_images: int) -> None:
+    def __init__(self, task: Task, args: argparse.Namespace, seed: int = 0, calibration_images: int = 1000) -> None:
         self.task, self.seed = task, seed
         count, tests = (16, 32) if args.quick else (calibration_images, task.test_images)
         self.calibration = batches(*task.load(args.data, True, count, seed, args.device))
@@ -270,19 +273,34 @@ class Study:
         self.base = self.measure(self.model)
         plan = vmeanba_fx.calibrate(self.graph, self.calibration, score_sites=False)
         self.sites = plan.sites
+        self._plans: dict[str, vmeanba_fx.Plan] = {}
         # For accuracy alone the exact passes make no difference; the cheap ones that delete dead scans are kept.
-        records = vmeanba_fx.report(plan.apply(0)).passes
-        self.skipped = [r.name for r in records if r.exact and r.name not in ("drop_annihilated", "cleanup")]
+        self.skipped = [
+            r.name for r in vmeanba_fx.report(plan.apply(0)).passes if r.exact and r.name not in ("drop_annihilated", "cleanup")
+        ]
 
     def measure(self, model: nn.Module) -> float:
         return evaluate(model, *self.test, self.task.measure)
 
-    def plan(self, variant: Variant, **more: Any) -> vmeanba_fx.Plan:
-        options = {"metric": "loss", "seed": self.seed, "progress": False, **variant.calibrate, **more}
-        return vmeanba_fx.calibrate(self.graph, self.calibration, **options)
+    def use_weights(self, state: dict[str, Tensor]) -> None:
+        """Other weights for the model and its captured graph; plans made before are forgotten."""
+        self.model.load_state_dict(state)
+        own = dict(self.graph.named_parameters()) | dict(self.graph.named_buffers())
+        with torch.no_grad():
+            for name, value in self.model.state_dict().items():
+                own[name].copy_(value)
+        self._plans.clear()
 
-    def apply(self, plan: vmeanba_fx.Plan, variant: Variant, k: int) -> nn.Module:
-        return plan.apply(k, skip_passes=self.skipped, **variant.apply)
+    def plan(self, variant: Variant) -> vmeanba_fx.Plan:
+        """Scored with the variant's own replacement; variants that differ in how they are applied share it."""
+        key = str(variant.calibrate)
+        if key not in self._plans:
+            options = {"metric": "loss", "seed": self.seed, "progress": False, **variant.calibrate}
+            self._plans[key] = vmeanba_fx.calibrate(self.graph, self.calibration, **options)
+        return self._plans[key]
+
+    def apply(self, variant: Variant, k: int) -> nn.Module:
+        return self.plan(variant).apply(k, skip_passes=self.skipped, **variant.apply)
 
 
 # -- arguments and results --------------------------------------------------------------------------------------------

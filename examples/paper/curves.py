@@ -42,13 +42,13 @@ def curve(study: Study, variant: Variant, ks: list[int], until: float) -> list[d
     """One row per k; stops when the time is over."""
     rows = []
     started = time.perf_counter()
-    plan = study.plan(variant)
+    study.plan(variant)
     scoring = time.perf_counter() - started
     for k in ks:
         if time.perf_counter() > until:
             break
         started = time.perf_counter()
-        gm = study.apply(plan, variant, k)
+        gm = study.apply(variant, k)
         applying = time.perf_counter() - started
         value = study.measure(gm)
         row = {
@@ -67,8 +67,8 @@ def numbers(sites: int, quick: bool) -> list[int]:
     if sites <= 4:
         return list(range(1, sites + 1))
     if sites <= 10:
-        return [k for k in (1, 2, 3, 5, 7, 8, 9, 10) if k <= sites]
-    return sorted({1, 2, sites, *range(5, sites, 3)})
+        return [k for k in (1, 3, 5, 7, 8, 9, 10) if k < sites] + [sites]
+    return [*range(2, sites, 3), sites]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
             }]  # fmt: skip
             for name in args.variants:
                 if time.perf_counter() < until:
-                    rows += curve(study, VARIANTS[name], numbers(len(study.sites), args.quick), until)
+                    rows += curve(study, VARIANTS[name], args.ks or numbers(len(study.sites), args.quick), until)
                     write_csv(path, rows)
 
 
@@ -169,6 +169,7 @@ def main() -> None:
     p = parser(__doc__)
     p.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    p.add_argument("--ks", nargs="+", type=int, help="which k (default: a choice that depends on the model)")
     p.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     p.add_argument("--calibration-images", type=int, default=1000, metavar="N")
     p.add_argument("--seconds", type=float, default=1e9, help="stop after this time; what is measured is kept")

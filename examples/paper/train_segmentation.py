@@ -22,14 +22,17 @@ def main() -> None:
     size = 2 if args.quick else BATCH
 
     def batch(step: int):
-        # Seeds below a million: those of the calibration and test scenes are larger.
-        return compose(images, labels, size, seed=100_000 * args.seed + step)
+        # Numbers below a million: those of the calibration and test scenes are larger.
+        return (torch.arange(step * size, (step + 1) * size, device=args.device),)
+
+    def draw(numbers: torch.Tensor):
+        return compose(images, labels, numbers)
 
     for name in args.only:
         torch.manual_seed(args.seed)
         model = start_with_scans(TASKS[name].build()).to(args.device)
         steps = args.steps or (2 if args.quick else STEPS)
-        curve = fit(model, batch, steps=steps, lr=LR, seconds=args.seconds, graph=args.graph)
+        curve = fit(model, batch, draw, steps=steps, lr=LR, seconds=args.seconds, graph=args.graph)
         finish(name, model, curve, args)
 
 

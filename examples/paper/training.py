@@ -19,11 +19,17 @@ from vmeanba_fx.models.ss2d import SS2D
 WARM_UP, CLIP, SMOOTHING = 0.05, 1.0, 0.05
 
 
+def _as_is(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return images, labels
+
+
 def fit(
-    model: nn.Module, batch: Callable[[int], tuple[Tensor, Tensor]], *, steps: int, lr: float, seconds: float,
-    weight_decay: float = 0.05, graph: bool = False,
+    model: nn.Module, batch: Callable[[int], tuple[Tensor, ...]], prepare: Callable[..., tuple[Tensor, Tensor]] = _as_is, *,
+    steps: int, lr: float, seconds: float, weight_decay: float = 0.05, graph: bool = False,
 ) -> list[dict[str, float]]:  # fmt: skip
-    """Trains in place; returns the loss curve. `batch(step)` gives images and labels on the model's device.
+    """Trains in place; returns the loss curve.
+
+    `prepare(*batch(step))` gives images and labels on the model's device; `prepare` is part of the replayed step.
 
     The learning rate falls to zero after `steps` steps or `seconds` seconds, whichever is first; how far it came is logged.
     graph: replay each step as one CUDA graph. Small models wait for launches otherwise.
@@ -36,7 +42,9 @@ def fit(
     on_gpu = device.type == "cuda"
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=on_gpu, capturable=on_gpu)
 
-    def advance(images: Tensor, labels: Tensor) -> Tensor:
+    def advance(*inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            images, labels = prepare(*inputs)
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=False):
             loss = F.cross_entropy(model(images).float(), labels, label_smoothing=SMOOTHING)
         loss.backward()
@@ -66,12 +74,12 @@ def fit(
 
 
 class _Eager:
-    def __init__(self, advance: Callable[[Tensor, Tensor], Tensor], optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, advance: Callable[..., Tensor], optimizer: torch.optim.Optimizer) -> None:
         self.advance, self.optimizer = advance, optimizer
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        return self.advance(images, labels)
+        return self.advance(*inputs)
 
 
 class _Replayed(_Eager):
@@ -79,26 +87,26 @@ class _Replayed(_Eager):
 
     EAGER = 12
 
-    def __init__(self, advance: Callable[[Tensor, Tensor], Tensor], optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, advance: Callable[..., Tensor], optimizer: torch.optim.Optimizer) -> None:
         super().__init__(advance, optimizer)
         self.stream, self.done, self.graph = torch.cuda.Stream(), 0, None
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Tensor:
         self.done += 1
         if self.done <= self.EAGER:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                loss = super().__call__(images, labels)
+                loss = super().__call__(*inputs)
             torch.cuda.current_stream().wait_stream(self.stream)
             return loss
         if self.graph is None:
-            self.images, self.labels = images.clone(), labels.clone()
+            self.held = [t.clone() for t in inputs]
             self.optimizer.zero_grad(set_to_none=True)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
-                self.loss = self.advance(self.images, self.labels)
-        self.images.copy_(images)
-        self.labels.copy_(labels)
+                self.loss = self.advance(*self.held)
+        for held, new in zip(self.held, inputs, strict=True):
+            held.copy_(new)
         self.graph.replay()
         return self.loss
 

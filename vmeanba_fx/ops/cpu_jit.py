@@ -111,10 +111,9 @@ def ss2d(x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplu
 
 def _rows(tensor: Tensor | None) -> Tensor | None:
     """In float32 with the last dim contiguous: the tensor itself, or a copy."""
-    if tensor is None:
-        return None
-    tensor = tensor.float()
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    if tensor is None or (tensor.dtype is torch.float32 and tensor.stride(-1) == 1):
+        return tensor
+    return tensor.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
 
 
 def _decay(A: Tensor) -> Tensor:
@@ -129,8 +128,7 @@ def _strides(tensor: Tensor | None, dims: int) -> list[int]:
 
 def _run(kernel: Callable, pieces: int, states: int, arguments: tuple) -> None:
     """Call a kernel in as many threads as PyTorch uses, or in this one where there is too little to do."""
-    plain = [x.data_ptr() if isinstance(x, Tensor) else 0 if x is None else int(x) for x in arguments]
-    data = array("q", [0, pieces, *plain])
+    data = array("q", [0, pieces, *(x if type(x) is int else _number(x) for x in arguments)])
     address = data.buffer_info()[0]
     threads = torch.get_num_threads()
     function = _kernels().compiled(kernel)
@@ -140,6 +138,10 @@ def _run(kernel: Callable, pieces: int, states: int, arguments: tuple) -> None:
         parallel(function, address, threads, 0)
     else:
         _in_pool(function, address, threads)
+
+
+def _number(argument: Tensor | bool | None) -> int:
+    return 0 if argument is None else int(argument) if isinstance(argument, bool) else argument.data_ptr()
 
 
 @cache

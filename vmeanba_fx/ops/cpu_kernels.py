@@ -110,8 +110,10 @@ def _silu(b, x):
 
 
 def _shift(b, x, steps, fill):
-    """x[i - steps], and `fill` in the first `steps`."""
-    return b.shuffle_vector(_constant(fill), x, _indices([*range(steps), *range(LANES, 2 * LANES - steps)]))
+    """x[i - steps], and `fill` in the first `steps`. Not one shuffle with `fill`: its code is slower."""
+    turned = b.shuffle_vector(x, x, _indices((i - steps) % LANES for i in range(LANES)))
+    there = ir.Constant(ir.VectorType(ir.IntType(1), LANES), [i >= steps for i in range(LANES)])
+    return b.select(there, turned, _constant(fill))
 
 
 def _transpose(b, rows):
@@ -579,10 +581,11 @@ def _steps(a, drive, C_now, b_at, b_r, scaled, n, R, state, out_at, out_r, count
         b = load_some(b_at + b_r * r, count)
         if scaled:
             b = b * drive
-        before = state + ROW * (n * R + r)
-        h = fma(reach, load(before), scan16(a, b))
-        store(before, last(h))
-        y = h * C_now
+        held = state + ROW * (n * R + r)
+        before, h = load(held), scan16(a, b)
+        # Not last(h) after the next line: from vector to vector there should be one multiply-add, and no more.
+        store(held, fma(last(reach), before, last(h)))
+        y = fma(reach, before, h) * C_now
         if n:
             y = y + load_some(out_at + out_r * r, count)
         store_some(out_at + out_r * r, y, count)

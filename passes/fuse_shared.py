@@ -1,0 +1,154 @@
+"""Exact: a replaced site that stays live works on the un-scanned map: skinny product, shared scan in scan order, read-out.
+
+Before (``mean="input"`` and rank r; r = 1, W = 1/D and V = 1 for the mean)::
+
+    xs     = cross_scan(x)                                  # (B, K*D, L): K copies of the map
+    ur     = W @ xs                                         # (B, K, r, L)
+    delta1 = mean_D(dt_proj(x_proj(xs)) + bias)             # (B, K, L)
+    yr     = shared_scan(ur, delta1, A1, B, C)              # (B, K, r, L)
+    merged = cross_merge(V @ yr + D*xs)                     # (B, D, L)
+
+After (pointwise maps commute with permutations of positions; dt_proj folds to the mean of its rows)::
+
+    f      = matmul([W | mean dt_proj @ x_proj | B | C], x)  # (B, K*(r + 1 + 2N), L): one skinny product
+    yr     = shared_scan2d(f.u, f.delta, A1, f.B, f.C, bias, directions=[0, 1, 2, 3])    # (B, K, r, H, W)
+    merged = linear(yr, V of all directions) + (sum_k D_k) * x
+
+Where V is one for every direction (the mean), the K one-channel maps are summed by the scan and broadcast. As in
+:mod:`fuse_ss2d` the region is recognised and proved by evaluating it; ``node.meta["vmeanba_fx.not_fused"]`` says why not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, fx
+
+from vmeanba_fx.cross_scan import CrossScan, Merge, find_cross_scan, find_merge, find_pointwise, find_read_out
+from vmeanba_fx.evaluate import Unprovable, evaluate, is_parameter_only
+from vmeanba_fx.graph import NOT_FUSED, SITE, Emitter, aten, graph_modules, remove_dead_code, value
+
+from .fuse_ss2d import channel_first, make_buffer, restore_shape
+
+NAME = "fuse_shared"
+_SHARED = torch.ops.vmeanba_fx.shared_scan.default
+_NAMES = ("u", "delta", "A", "B", "C", "delta_bias", "delta_softplus", "out_dtype")
+_FAR = 12  # nodes between a map in scan order and the scan that reads it
+
+
+def fuse_shared(gm: fx.GraphModule) -> fx.GraphModule:
+    """Rewrite ``gm`` in place and return it."""
+    for owner in graph_modules(gm):
+        for scan in owner.graph.find_nodes(op="call_function", target=_SHARED):
+            try:
+                if owner is not gm:
+                    raise Unprovable("it lies inside an autocast or checkpoint region")
+                _fuse(gm, scan)
+            except Unprovable as reason:
+                scan.meta[NOT_FUSED] = str(reason)
+    remove_dead_code(gm)
+    return gm
+
+
+def _fuse(gm: fx.GraphModule, scan: fx.Node) -> None:
+    a = dict.fromkeys(_NAMES) | dict(zip(_NAMES, scan.args, strict=False)) | dict(scan.kwargs)
+    if not is_parameter_only(a["A"]) or (a["delta_bias"] is not None and not is_parameter_only(a["delta_bias"])):
+        raise Unprovable("A or delta_bias depends on the input")
+    K, r = (int(s) for s in value(a["u"]).shape[1:3])
+    cross, u = _cross_scan_behind(a["u"], K)
+    weight, shift = find_pointwise(cross, [a["u"], a["delta"], a["B"], a["C"]], u)
+    step = shift[:, r].clone()
+    shift[:, r] = 0.0
+    if bool(shift.abs().max() > 0):
+        raise Unprovable("the projection of the map has a bias")
+    y = _read_out(scan, (K, cross.channels, cross.length))
+    V, bias = find_read_out(cross, scan, y)
+    merge = find_merge(cross, y, y)
+
+    emit = Emitter(gm.graph, merge.node, NAME, like=scan)
+    site = scan.meta.get(SITE, scan.name)
+    x = channel_first(emit, cross)
+    f = _features(gm, emit, cross, weight, x, site)
+    N = value(a["C"]).shape[2]
+    parts = [emit(aten.slice.Tensor, f, 2, i, j) for i, j in ((0, r), (r + 1, r + 1 + N), (r + 1 + N, r + 1 + 2 * N))]
+    delta = emit(aten.select.int, f, 2, r)
+    [A] = evaluate([a["A"]], {}, 1)
+    if a["delta_bias"] is not None:
+        step += evaluate([a["delta_bias"]], {}, 1)[0]
+    one = r == 1 and bool((V - 1.0).abs().max() <= 1e-12)
+    order = None if cross.directions else make_buffer(gm, emit, site, "order", cross.order, cross, torch.int32)
+    yr = emit(
+        torch.ops.vmeanba_fx.shared_scan2d.default, parts[0], delta, make_buffer(gm, emit, site, "A", A, cross, torch.float32),
+        *parts[1:], make_buffer(gm, emit, site, "dt_bias", step, cross, torch.float32), list(cross.directions), order,
+        bool(a["delta_softplus"]), one, torch.promote_types(value(cross.source).dtype, torch.float32),
+    )  # fmt: skip
+    if not one:
+        matrix = make_buffer(gm, emit, site, "V", V.permute(1, 0, 2).flatten(1), cross, torch.float32)
+        flat = emit(aten.permute.default, emit(aten.flatten.using_ints, yr, 1, 2), [0, 2, 3, 1])
+        yr = emit(aten.permute.default, emit(aten.linear.default, flat, matrix), [0, 3, 1, 2])
+    out = _add_skip(gm, emit, cross, merge, x, yr, bias.sum(0), site)
+    merge.node.replace_all_uses_with(restore_shape(emit, out, merge))
+
+
+def _features(
+    gm: fx.GraphModule, emit: Emitter, cross: CrossScan, weight: Tensor, x: fx.Node, site: str
+) -> fx.Node:
+    """(B, K, F, H, W), each feature a map of its own, as the scan kernel reads them best."""
+    K, F, D = weight.shape
+    matrix = make_buffer(gm, emit, site, "x_proj", weight.reshape(1, K * F, D), cross)
+    f = emit(aten.matmul.default, matrix, emit(aten.flatten.using_ints, x, 2, 3))
+    return emit(aten.unflatten.int, emit(aten.unflatten.int, f, 1, [K, F]), 3, [cross.height, cross.width])
+
+
+def _add_skip(
+    gm: fx.GraphModule, emit: Emitter, cross: CrossScan, merge: Merge, x: fx.Node, y: fx.Node, bias: Tensor, site: str
+) -> fx.Node:
+    """y (B, D or 1, H, W) + skip * x + bias in the dtype of the merged map."""
+    skip = torch.zeros(cross.channels, dtype=torch.float64) if merge.skip is None else merge.skip
+    D = make_buffer(gm, emit, site, "D", skip.reshape(-1, 1, 1), cross, torch.float32)
+    out = emit(aten.add.Tensor, emit(aten.mul.Tensor, x, D), y)
+    if bool(bias.abs().max() > 0):
+        out = emit(aten.add.Tensor, out, make_buffer(gm, emit, site, "bias", bias.reshape(-1, 1, 1), cross, torch.float32))
+    wanted = value(merge.node).dtype
+    return out if value(out).dtype == wanted else emit(aten.to.dtype, out, wanted)
+
+
+def _cross_scan_behind(ur: fx.Node, groups: int) -> tuple[CrossScan, fx.Node]:
+    """The nearest node before ``ur`` that is a map in ``groups`` orders, (B, K*D, L)."""
+    reason = "it reads no map in several orders"
+    for node in _ancestors(ur):
+        held = value(node)
+        if isinstance(held, Tensor) and held.dim() == 3 and held.shape[1] % groups == 0 and held.shape[1] > groups:
+            try:
+                return find_cross_scan(node, groups), node
+            except Unprovable as error:
+                reason = str(error)
+    raise Unprovable(reason)
+
+
+def _ancestors(node: fx.Node) -> Iterator[fx.Node]:
+    """``node`` and what it is computed from, nearest first, as far as the input reaches."""
+    queue, seen = [node], {node}
+    while queue and len(seen) < _FAR:
+        node = queue.pop(0)
+        yield node
+        fresh = [a for a in node.all_input_nodes if a not in seen and not is_parameter_only(a)]
+        seen.update(fresh)
+        queue += fresh
+
+
+def _read_out(scan: fx.Node, sizes: tuple[int, int, int]) -> fx.Node:
+    """The node behind ``scan`` that holds its output for all channels, (B, K*D, L), before anything else is added."""
+    K, D, L = sizes
+    found, node = None, scan
+    while len(node.users) == 1:
+        [user] = node.users
+        if any(a is not node and not is_parameter_only(a) for a in user.all_input_nodes):
+            break
+        node, held = user, value(user)
+        if isinstance(held, Tensor) and tuple(held.shape[1:]) == (K * D, L):
+            found = node
+    if found is None:
+        raise Unprovable("its output is not brought back to all channels by itself")
+    return found

@@ -1,0 +1,54 @@
+"""Every walk over the map, gate and region that public models put around their scans: found, exact, replaced as written."""
+
+import pytest
+import torch
+from torch import nn
+
+import vmeanba_fx
+from tests import zoo
+from tests.families.models import STRUCTURES, build
+from tests.paper_block import paper_block
+
+
+def paper(u, delta, A, B, C, D, bias):
+    """The paper's block in the place of a scan call."""
+    return paper_block(u, delta, A, B, C, D, None, bias, True)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_structure(name):
+    model, x = build(name), zoo.images(3)
+    with torch.no_grad():
+        assert zoo.relative_error(zoo.without_scan(model, x), model(x)) > 0.1
+    gm = vmeanba_fx.capture(model, x)
+    sites = vmeanba_fx.find_sites(gm)
+    per_block = 4 if name == "one call per direction" else 1
+    assert len(sites) == 2 * per_block and not sites.refused
+    assert {site.module for site in sites} == {"blocks.0.op", "blocks.1.op"}
+    assert not any(site.annihilated for site in sites)
+    replaced = build(name, call=paper)
+    exact, lossy = (vmeanba_fx.transform(gm, [x], k=k) for k in (0, len(sites)))
+    with torch.no_grad():
+        for batch in (1, 2, 5):
+            images = zoo.images(batch)
+            assert zoo.relative_error(exact(images), model(images)) <= 1e-5
+            assert zoo.relative_error(lossy(images), replaced(images)) <= 1e-5
+        assert zoo.relative_error(lossy(x), model(x)) > 0.01  # it did something
+
+
+@pytest.mark.parametrize("name", ["8 directions", "local windows", "strided", "one call per direction"])
+def test_layer_norm_behind_any_walk_annihilates(name):
+    model, x = build(name, after=nn.LayerNorm(6), depth=1), zoo.images(3)
+    gm = vmeanba_fx.capture(model, x)
+    sites = vmeanba_fx.find_sites(gm)
+    assert all(site.annihilated for site in sites)
+    replaced = vmeanba_fx.transform(gm, [x], k=len(sites))
+    with torch.no_grad():
+        assert zoo.relative_error(replaced(x), build(name, after=nn.LayerNorm(6), depth=1, call=paper)(x)) <= 1e-5
+    assert not any("scan" in str(node.target) for node in replaced.graph.nodes)
+
+
+def test_the_callers_model_keeps_its_own_state():
+    model = build("state kept", depth=1)
+    vmeanba_fx.capture(model, zoo.images(3))
+    assert model.blocks[0].op.kept is None and model.blocks[0].op.last is None
