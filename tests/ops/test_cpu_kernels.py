@@ -60,12 +60,23 @@ def test_ss2d_sizes(channels, rank, states, size, directions, implementation):
     assert check("ss2d", arguments).stride() == torch.empty_like(arguments["x"]).stride()
 
 
+@pytest.mark.parametrize("channels, states", [(1, 1), (3, 16)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (40, 50)], ids=str)
+@pytest.mark.parametrize("own_u, merge", [(True, True), (False, False)])
+def test_shared_scan2d_sizes(channels, states, size, own_u, merge, implementation):
+    for directions in ([0, 1, 2, 3], 3):
+        arguments = problems.shared_scan2d(2, directions, channels, states, *size, torch.float32, own_u=own_u, merge=merge)
+        check("shared_scan2d", arguments)
+        check("shared_scan2d", problems.strided(arguments))
+
+
 @pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 4e-3), (torch.float16, 5e-4)])
 def test_half_precision(dtype, limit, implementation):
     """Only the inputs and the output are rounded."""
     check("selective_scan", problems.selective_scan(2, 2, 17, 3, 100, dtype), limit)
     check("linear_scan", problems.linear_scan(2, 2, 3, 3, 100, dtype), limit)
     check("shared_scan", problems.shared_scan(2, 2, 3, 3, 100, dtype), limit)
+    check("shared_scan2d", problems.shared_scan2d(2, [0, 1, 2, 3], 3, 2, 9, 7, dtype), limit)
     check("ss2d", problems.ss2d(2, [0, 1, 2, 3], 17, 3, 2, 9, 7, dtype), limit)
 
 
@@ -75,6 +86,7 @@ def large() -> dict[str, dict]:
         "selective_scan": problems.selective_scan(2, 2, 40, 4, 300, torch.float32),
         "linear_scan": problems.linear_scan(2, 4, 3, 16, 300, torch.float32),
         "shared_scan": problems.shared_scan(2, 4, 3, 16, 300, torch.float32),
+        "shared_scan2d": problems.shared_scan2d(2, [0, 1, 2, 3], 3, 16, 15, 20, torch.float32),
         "ss2d": problems.ss2d(2, [0, 1, 2, 3], 40, 3, 2, 20, 20, torch.float32),
     }
 

@@ -63,6 +63,9 @@ class ScanOrder:
 def shared_scan2d(u, delta, A, B, C, delta_bias, directions, order, delta_softplus, merge, out_dtype=None):
     """u (B, 1 or K, R, H, W); delta (B, K, H, W); B, C (B, K, N, H, W). Returns (B, R, H, W) or (B, K, R, H, W)."""
     checks.check_shared_scan2d(u, delta, A, B, C, delta_bias, directions, order, out_dtype)
+    if cpu_jit.usable(u, delta, A, B, C, delta_bias):
+        arguments = delta_bias, directions, order, delta_softplus, merge, out_dtype or u.dtype
+        return cpu_jit.shared_scan2d(u, delta, A, B, C, *arguments)
     batch, _, R, height, width = u.shape
     K, dtype = delta.shape[1], compute_dtype(u)
     scan_order = ScanOrder(directions, order, height, width)

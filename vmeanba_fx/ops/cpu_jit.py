@@ -48,16 +48,14 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtyp
     batch, channels, length = u.shape
     K, N = B.shape[1:3]
     out = torch.empty(u.shape, dtype=torch.float32)
-    tensors = u, delta, z, B, C = [_rows(x) for x in (u, delta, z, B, C)]
-    A, D, delta_bias = _decay(A), _rows(D), _rows(delta_bias)
+    u, delta, z, B, C = (_rows(x) for x in (u, delta, z, B, C))
     arguments = (
-        K, channels // K, N, length, delta_softplus, u, *_strides(u, 2), delta, *_strides(delta, 2), A, B, *_strides(B, 3), C,
-        *_strides(C, 3), D, z, *_strides(z, 2), delta_bias, out,
+        K, channels // K, N, length, delta_softplus, u, *_strides(u, 2), delta, *_strides(delta, 2), _decay(A), B,
+        *_strides(B, 3), C, *_strides(C, 3), _rows(D), z, *_strides(z, 2), _rows(delta_bias), out,
     )  # fmt: skip
     kernels = _kernels()
     pieces = batch * K * -(-channels // (K * kernels.LANES))
     _run(kernels.selective_scan, pieces, out.numel() * N, arguments)
-    del tensors
     return out.to(out_dtype)
 
 
@@ -86,6 +84,21 @@ def linear_scan(a, b, C) -> Tensor:
     return out.to(dtype)
 
 
+def shared_scan2d(u, delta, A, B, C, delta_bias, directions, order, delta_softplus, merge, out_dtype) -> Tensor:
+    """See `ops.shared_scan2d`."""
+    batch, _, R, height, width = u.shape
+    K, N, length = delta.shape[1], A.shape[1], height * width
+    out = torch.empty(batch, K, R, height, width)
+    u, delta, B, C = (x.float().flatten(-2) for x in (u, delta, B, C))
+    u_strides = _strides(u.expand(-1, K, -1, -1), 4)
+    arguments = (
+        K, R, N, length, delta_softplus, u, *u_strides, delta, *_strides(delta, 3), _decay(A), B, *_strides(B, 4), C,
+        *_strides(C, 4), _rows(delta_bias), _order(directions, order, height, width), out,
+    )  # fmt: skip
+    _run(_kernels().shared_scan2d, batch * K, out.numel() * N, arguments)
+    return (out.sum(1) if merge else out).to(out_dtype)
+
+
 def ss2d(x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplus, out) -> None:
     """See `ops.ss2d`; fills `out`."""
     batch, channels, height, width = x.shape
@@ -94,19 +107,24 @@ def ss2d(x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplu
     if merged.dtype != torch.float32 or not merged.is_contiguous():
         merged = torch.empty(batch, length, channels)
     x, feats = _rows(x.flatten(2).transpose(1, 2)), _rows(feats.flatten(3).transpose(2, 3))
-    if order is None:
-        order = direction_table(directions, height, width)
-    else:
-        order = order.long().contiguous()
-        inverse_table(order)  # raises where a position lies outside of the map: the kernel would read it
     arguments = (
         K, channels, R, N, length, delta_softplus, x, *_strides(x, 2), feats, *_strides(feats, 3),
-        dt_weight.float().contiguous(), _decay(A), _rows(D), _rows(delta_bias), order, merged,
+        dt_weight.float().contiguous(), _decay(A), _rows(D), _rows(delta_bias), _order(directions, order, height, width),
+        merged,
     )  # fmt: skip
     kernels = _kernels()
     _run(kernels.ss2d, batch * -(-channels // kernels.LANES), batch * K * channels * length * N, arguments)
     if not merged.data_ptr() == out.data_ptr():
         out.copy_(merged.transpose(1, 2).unflatten(2, (height, width)))
+
+
+def _order(directions: list[int], order: Tensor | None, height: int, width: int) -> Tensor:
+    """The table (K, L) of positions."""
+    if order is None:
+        return direction_table(directions, height, width)
+    order = order.long().contiguous()
+    inverse_table(order)  # raises where a position lies outside of the map: the kernels would read and write there
+    return order
 
 
 def _rows(tensor: Tensor | None) -> Tensor | None:
