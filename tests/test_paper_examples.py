@@ -1,5 +1,6 @@
 """The examples for real data on tiny generated folders, and the scripts of `examples/paper` on a few images."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -13,7 +14,6 @@ from vmeanba_fx import models
 from vmeanba_fx.models import save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
 def run(script, *argv):
@@ -68,3 +68,68 @@ def test_ade20k(tmp_path):
     rows = {line.split("  ")[0]: line.split() for line in out.splitlines()}
     assert rows["k = 0"][3] == rows["original"][1] and "k = 10" in rows
     assert "2 validation images; calibrated on 1 training images" in out
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """Runs `main()` of a script of examples/paper in this process, with the given arguments."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "paper"))
+
+    def call(name, *argv):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
+        importlib.import_module(name).main()
+
+    yield call
+    for name in [n for n, m in sys.modules.items() if str(ROOT / "examples" / "paper") in str(getattr(m, "__file__", ""))]:
+        del sys.modules[name]
+
+
+@pytest.mark.slow
+def test_paper_scripts(scripts, tmp_path):
+    """Every experiment on a few digits: files with provenance, tables and plots."""
+    quick = ["--quick", "--device", "cpu", "--out", tmp_path]
+    scripts("curves", *quick, "--tasks", "scan_v05_digits", "--seeds", 0, "--variants", "mean", "rank4_refit")
+    scripts("channel_statistics", *quick, "--tasks", "scan_v05_digits")
+    scripts("pruning", *quick, "--tasks", "scan_v05_digits", "--variants", "mean")
+    scripts("receptive_field", *quick, "--tasks", "scan_v05_digits")
+    scripts("reductions", *quick, "--tasks", "scan_v05_digits")
+    text = {p.name: p.read_text(encoding="utf-8") for p in tmp_path.rglob("*.md")}
+    assert set(text) == {f"{n}.md" for n in (
+        "curves_scan-dependent", "channel_statistics", "pruning", "receptive_field", "reductions"
+    )}  # fmt: skip
+    assert all("examples/paper/" in t and f"torch {torch.__version__}" in t for t in text.values())
+    plots = {"curves_scan-dependent.png", "channel_statistics.png", "receptive_field.png"}
+    assert {p.name for p in tmp_path.glob("*.png")} == plots
+    # Without depthwise convolutions nothing but the scans carries information from patch to patch.
+    lines = [line.split("|") for line in text["receptive_field.md"].splitlines() if line.startswith("| scan")]
+    fields = {line[3].strip(): line[4] for line in lines}
+    assert float(fields["mean"]) == 0.0 and float(fields["original"]) > 30.0
+
+
+def test_paper_recipe(scripts, tmp_path, capsys):
+    argv = ["--quick", "--device", "cpu", "--out", tmp_path, "--checkpoints", tmp_path, "--only", "scan_v05_digits"]
+    scripts("train_scan_dependent", *argv)
+    assert "after 2 steps" in capsys.readouterr().out
+    assert (tmp_path / "scan_v05_digits.safetensors").is_file() and (tmp_path / "training" / "scan_v05_digits.csv").is_file()
+
+
+def test_scenes_follow_from_their_numbers(scripts):
+    scenes = importlib.import_module("scenes")
+    images = torch.randint(0, 256, (20, 28, 28), dtype=torch.uint8)
+    labels = torch.arange(20) % 10
+    x, y = scenes.compose(images, labels, torch.tensor([5, 7, 5]), size=48)
+    assert x.shape == (3, 1, 48, 48) and y.shape == (3, 48, 48) and int(y.max()) <= 10 and x.isfinite().all()
+    assert torch.equal(x[0], x[2]) and torch.equal(y[0], y[2]) and not torch.equal(y[0], y[1])
+    drawn = scenes.uniform(torch.arange(2000), 500)
+    assert 0 <= float(drawn.min()) and float(drawn.max()) < 1 and abs(float(drawn.mean()) - 0.5) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["deep", "scan_v05_digits", "scan_v0_digits", "scan_live_digits", "scan_vim_digits"])
+def test_trained_models_load(scripts, name):
+    common = importlib.import_module("common")
+    task = common.TASKS[name]
+    assert sum(p.stat().st_size for p in common.CHECKPOINTS.iterdir()) < 40e6
+    with torch.no_grad():
+        assert task.model("cpu")(torch.zeros(2, 1, 32, 32)).shape == (2, 10)
