@@ -253,11 +253,14 @@ VARIANTS = {
         Variant("rank4_refit", _rank(4), _REFIT, "C1.-"),
         Variant("rank8_refit", _rank(8), _REFIT, "C5.-"),
         Variant("rank16_refit", _rank(16), _REFIT, "C2.-"),
+        Variant("rank4_refit_all", _rank(4), {"refit": "all"}, "C1.-."),
+        Variant("rank8_refit_all", _rank(8), {"refit": "all"}, "C5.-."),
+        Variant("rank16_refit_all", _rank(16), {"refit": "all"}, "C2.-."),
         Variant("mean_greedy", {"greedy": True}, {}, "k.-."),
-        Variant("rank4_greedy_refit", _rank(4) | {"greedy": True}, _REFIT, "C1.-."),
+        Variant("rank4_greedy_refit", _rank(4) | {"greedy": True}, _REFIT, "C3.-."),
     )
 }
-SHORT = {name: "paper's mean" if name == "mean" else name.replace("_", " + ") for name in VARIANTS}
+SHORT = {name: "paper's mean" if name == "mean" else name.replace("refit_all", "refit all").replace("_", " + ") for name in VARIANTS}
 
 
 class Study:
