@@ -260,7 +260,7 @@ VARIANTS = {
         Variant("rank4_greedy_refit", _rank(4) | {"greedy": True}, _REFIT, "C3.-."),
     )
 }
-SHORT = {name: "paper's mean" if name == "mean" else name.replace("refit_all", "refit all").replace("_", " + ") for name in VARIANTS}
+SHORT = {name: name.replace("refit_all", "refit all").replace("_", " + ") for name in VARIANTS} | {"mean": "paper's mean"}
 
 
 class Study:
