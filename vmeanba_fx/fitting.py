@@ -13,7 +13,8 @@ summed over the K directions where they are merged; U (n, D) the un-scanned map 
 constant over the channels makes no difference, and residuals are measured after removing it (``project``).
 
 Ridge rule: lambda times the mean diagonal of the regressors' Gram matrix, lambda the value of ``RIDGES`` with the least
-error on the other half, both halves taking turns.
+error on the other half, both halves taking turns. For a rank-r scan that error is the one of the map of full rank, which
+needs no eigenvectors.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 
 RIDGES = (1e-5, 1e-3, 1e-2)
 AUTO_RANKS = (1, 2, 4, 8, 16)
-_SWEEPS = 3
+_SWEEPS = 2
 _POLISH = 8
 
 
@@ -162,7 +163,8 @@ class _Solver:
                 own, cols = self.layout.z(k), slice(k * rank, (k + 1) * rank)
                 left = self._left(W, V, s, own, cols)
                 Vk = V[:, cols]
-                W[own, cols] = torch.cholesky_solve(left @ Vk, self.chol[k]) @ torch.linalg.pinv(Vk.T @ Vk)
+                right = torch.cholesky_solve((left @ Vk).T, _cholesky(Vk.T @ Vk, 1e-12)).T
+                W[own, cols] = torch.cholesky_solve(right, self.chol[k])
         if polish:
             V = self._readout(W, s)
         return W, V, s
@@ -193,7 +195,7 @@ def fit_low_rank(
     ridges: tuple[float, ...] = RIDGES,
 ) -> tuple[list[LowRank], float]:  # fmt: skip
     """The fit of every head, and the share of the scan's energy (about its mean) that it explains."""
-    ridge = _best_ridge(sums, layout, rank, project, skip, ridges)
+    ridge = _best_ridge(sums, layout, project, ridges)
     fits: list[LowRank] = []
     left = total = 0.0
     for gram in sums.whole:
@@ -205,20 +207,17 @@ def fit_low_rank(
     return fits, 1.0 - left / total if total > 0 else 1.0
 
 
-def _best_ridge(
-    sums: Sums, layout: Layout, rank: int, project: bool, skip: bool, ridges: tuple[float, ...]
-) -> float:
+def _best_ridge(sums: Sums, layout: Layout, project: bool, ridges: tuple[float, ...]) -> float:
     splits = sums.splits()
     if len(ridges) == 1 or not splits:
         return ridges[-1]
-    errors = []
-    for ridge in ridges:
-        error = 0.0
-        for fit, judge in splits:
-            for a, b in zip(fit, judge, strict=True):
-                W, V, s = _Solver(_Problem(a, layout, project), ridge, skip).run(rank, sweeps=1, polish=1)
-                error += _Problem(b, layout, project).loss(W @ V.T, s)
-        errors.append(error)
+    errors = [0.0] * len(ridges)
+    for fit, judge in splits:
+        for a, b in zip(fit, judge, strict=True):
+            known, held_out = _Problem(a, layout, project), _Problem(b, layout, project)
+            for i, ridge in enumerate(ridges):
+                M = torch.cholesky_solve(known.ZY, _cholesky(known.ZZ, ridge))
+                errors[i] += held_out.loss(M, M.new_zeros(layout.channels))
     return ridges[errors.index(min(errors))]
 
 

@@ -1,7 +1,7 @@
-"""Rank-r fits of a captured graph's sites: two passes over the calibration data, whatever their number.
+"""Rank-r fits of a captured graph's sites: three passes over the calibration data, whatever their number.
 
-The first pass finds the energy of every channel of the scans, which decides on the decay they will share; the second collects
-the sums of :mod:`vmeanba_fx.fitting`.
+The first pass finds the energy of every channel of the scans. The channels will share one decay, a weighted mean: the second
+pass collects the sums of :mod:`vmeanba_fx.fitting` with channels weighted by their energy, the third with equal weights.
 
 Sums of one site take 2 heads * ((K + 2) * D + 1)^2 float64 numbers where the K directions are provably merged into one map
 (then heads = 1: what is fitted is the merged output), and 2 K (3 D + 1)^2 where they are not (every direction by itself).
@@ -32,7 +32,8 @@ from .reduction import Reduction
 from .sites import Site, SiteList, skip_product
 
 SUMS_BUDGET = 1 << 30  # bytes
-WEIGHT_POWER = 1.0
+# Channels share one step; each counts by its energy to this power. Both are tried, the better fit stays.
+WEIGHT_POWERS = (1.0, 0.0)
 _ROWS_BUDGET = 1 << 24  # float64 numbers of rows at a time
 
 
@@ -74,10 +75,10 @@ class _SiteRows:
         y = env[self.scan].double().unflatten(1, (self.groups, self.channels))
         moments += torch.stack([torch.ones_like(y).sum((0, 3)), y.sum((0, 3)), y.square().sum((0, 3))])
 
-    def set_weights(self, moments: Tensor) -> None:
-        """Channels share one step: that of the channels that carry the scan, so each counts by its variance."""
+    def set_weights(self, moments: Tensor, power: float) -> None:
+        """How much each channel counts in the step that all share: by its variance to the given power."""
         count, total, square = moments
-        energy = (square - total.square() / count.clamp_min(1.0)).clamp_min(0.0) ** WEIGHT_POWER
+        energy = (square - total.square() / count.clamp_min(1.0)).clamp_min(0.0) ** power
         energy += 1e-12 * energy.max() + torch.finfo(energy.dtype).tiny
         self.weights = energy / energy.sum(1, keepdim=True)
 
@@ -175,14 +176,20 @@ def fit_sites(
     sweep({r.scan: partial(r.add_energy, moments[r]) for r in rows})
     fits: dict[str, RankFit] = {}
     for some in _grouped(rows):
-        sums = {r: r.sums(executor.device) for r in some}
-        for r in some:
-            r.set_weights(moments[r])
-        sweep({r.scan: partial(r.add, sums[r]) for r in some})
-        for r in some:
-            if not bool(torch.isfinite(sums[r].halves).all()):
-                raise CalibrationError(f"{r.site.name}: the scan's values are not finite (nan or inf) on the calibration data")
-            fits[r.site.name] = r.solve(sums.pop(r), reduction)
+        for power in WEIGHT_POWERS:
+            sums = {r: r.sums(executor.device) for r in some}
+            for r in some:
+                r.set_weights(moments[r], power)
+            sweep({r.scan: partial(r.add, sums[r]) for r in some})
+            for r in some:
+                if not bool(torch.isfinite(sums[r].halves).all()):
+                    raise CalibrationError(
+                        f"{r.site.name}: the scan's values are not finite (nan or inf) on the calibration data"
+                    )
+                fit = r.solve(sums.pop(r), reduction)
+                best = fits.get(r.site.name)
+                if best is None or (-fit.rank, fit.energy) > (-best.rank, best.energy):
+                    fits[r.site.name] = fit
     return fits
 
 
