@@ -7,7 +7,7 @@ that writes into its own values data flow does not tell what changes; there ever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,11 @@ class Executor:
         """The share of the graph's nodes that :meth:`rerun` runs for an override of ``point``."""
         return len(self._below[point]) / len(self.nodes)
 
+    @property
+    def writes(self) -> bool:
+        """Whether the graph writes into its own values: then no value may be used again later."""
+        return self._writes
+
     @staticmethod
     def to_device(values: Any, device: torch.device) -> Any:
         return pytree.tree_map_only(Tensor, lambda t: t.to(device), values)
@@ -96,7 +101,7 @@ class Executor:
 
         At hand are at least the values of the node itself and of its arguments.
         """
-        env = self._copies(dict(zip(self.gm.graph.find_nodes(op="placeholder"), self._flat(args, kwargs), strict=True)))
+        env = self.begin(*args, **kwargs)
         left = len(readers)
         for position, node in enumerate(self.nodes):
             if not left:
@@ -108,6 +113,33 @@ class Executor:
                 left -= 1
             for dead in self._last_use.get(position, ()):
                 env.pop(dead, None)
+
+    def advance(self, env: dict[fx.Node, Any], done: Set[fx.Node], until: fx.Node) -> None:
+        """Run the nodes before ``until`` that are not ``done``, in place: ``env`` then holds what ``until`` and all nodes
+        behind it read of those before. An ``env`` of nothing ``done`` is what :meth:`begin` returns."""
+        for position, node in enumerate(self.nodes):
+            if node is until:
+                return
+            if node not in done and node.op not in ("placeholder", "output") and node not in self._skipped:
+                env[node] = self._call(node, env)
+            for dead in self._last_use.get(position, ()):
+                env.pop(dead, None)
+
+    def begin(self, *args: Any, **kwargs: Any) -> dict[fx.Node, Any]:
+        """The values of the placeholders."""
+        return self._copies(dict(zip(self.gm.graph.find_nodes(op="placeholder"), self._flat(args, kwargs), strict=True)))
+
+    def compute(self, env: dict[fx.Node, Any], first: fx.Node, last: fx.Node) -> dict[fx.Node, Any]:
+        """Values of the nodes from ``first`` to ``last``, from those in ``env``, which stays as it is."""
+        env = dict(env)
+        inside = False
+        for node in self.nodes:
+            inside = inside or node is first
+            if inside and node not in self._skipped:
+                env[node] = self._call(node, env)
+            if node is last:
+                return env
+        raise KeyError(last.name)
 
     def rerun(self, state: State, overrides: Mapping[fx.Node, Any]) -> Any:
         """The model's outputs with ``overrides`` in place of some points' values; runs only what lies downstream.

@@ -1,17 +1,21 @@
 """Refits the layers behind replaced sites, in graph order, each on the activations of the graph as rewritten so far.
 
-One pass over the calibration data per layer; the original graph and the rewritten one run side by side over each batch,
-both only as far as the layer. Targets come from the original graph: the residual sum the layer writes into where there is
-one (then the error that earlier sites left in the stream is compensated too), else the layer's own output.
+The original graph and the rewritten one run side by side over each batch, both as far as the next layer; there they wait,
+within ``KEPT_BYTES``, or start again from the beginning for the layer after it. In all that is one pass over the data where
+everything can be kept, and one per layer, shorter for early layers, where nothing can.
+
+Targets come from the original graph: the residual sum the layer writes into where there is one (then the error that earlier
+sites left in the stream is compensated too), else the layer's own output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from .batches import Batches
@@ -20,6 +24,7 @@ from .evaluate import is_parameter_only
 from .execute import Executor
 from .fitting import Sums, refit_linear
 from .graph import SITE, downstream, scan_nodes
+from .metrics import Batch
 from .passes.refit import Readout, find_readout, find_stream, is_pointwise_linear, refit
 
 Refit = bool | Literal["all"]
@@ -27,6 +32,7 @@ Refit = bool | Literal["all"]
 REFIT = "vmeanba_fx.refit"
 """``gm.meta`` key of a list of :class:`Refitted`."""
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+KEPT_BYTES = 2 << 30
 _ROWS_BUDGET = 1 << 23  # float64 numbers of rows at a time
 
 
@@ -78,67 +84,90 @@ def refit_sites(
     if how == "all" and layers:
         for readout in later_layers(original, next(iter(layers))):
             layers.setdefault(readout.layer, ("", readout))
+    refitter = _Refitter(gm, original, data, stream)
     for node in original.graph.nodes:
         if node in layers:
             site, readout = layers[node]
-            done.append(Refitted(site, node.name, refit_layer(gm, original, readout, data, stream=stream)))
+            done.append(Refitted(site, node.name, refitter.refit(readout)))
     gm.meta[REFIT] = done
     return gm
 
 
-def refit_layer(
-    gm: fx.GraphModule, original: fx.GraphModule, readout: Readout, data: Batches, *, stream: bool = True
-) -> float:
-    """Refit one layer of ``gm``; ``readout`` is in terms of ``original``. Returns the share of the error that is left."""
-    target = readout.stream if stream and readout.stream is not None else readout.layer
-    nodes = {n.name: n for n in gm.graph.nodes}
-    layer, new_target = nodes[readout.layer.name], nodes[target.name]
-    before, after = Executor(original, []), Executor(gm, [])
-    sums: Sums | None = None
-    seen: dict[str, Tensor] = {}
+class _Walk:
+    """A graph and all batches of the calibration data, which stop before one node after the other, in graph order.
 
-    def keep_target(env: Mapping[fx.Node, Any]) -> None:
-        seen["target"] = env[target]
+    Of each batch the values that later nodes need are kept where ``KEPT_BYTES`` allow; others start from the beginning.
+    """
 
-    def keep_layer(env: Mapping[fx.Node, Any]) -> None:
-        seen["input"] = env[layer.args[0]]
-        for name, node in (("weight", readout_weight(layer)), ("bias", readout_bias(layer))):
-            if node is not None:
-                seen[name] = env[node]
-        keep_new(env) if new_target is layer else None
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self._kept: dict[int, dict[fx.Node, Any]] = {}
+        self._done: set[fx.Node] = set()
 
-    def keep_new(env: Mapping[fx.Node, Any]) -> None:
-        seen["found"] = env[new_target]
+    def start(self) -> None:
+        """Before a round over the batches; the graph may have changed since the last one."""
+        self.executor = Executor(self.gm, [])
 
-    for index, batch in enumerate(data.sweep()):
-        batch = batch.to(after.device)
+    def stop(self, before: fx.Node, index: int, batch: Batch) -> dict[fx.Node, Any]:
+        """What batch ``index`` holds right before a node."""
+        env = self._kept.pop(index, None)
+        done: set[fx.Node] = self._done
+        if env is None:
+            env, done = self.executor.begin(*batch.args, **batch.kwargs), set()
+        self.executor.advance(env, done, before)
+        return env
+
+    def keep(self, index: int, env: dict[fx.Node, Any], room: int) -> int:
+        """Keep ``env`` if it needs at most ``room`` bytes; returns the bytes that are left."""
+        leaves = pytree.tree_leaves([v for node, v in env.items() if node.op != "get_attr"])
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in leaves if isinstance(t, Tensor)}
+        size = sum(storages.values())
+        if size > room or self.executor.writes:
+            return room
+        self._kept[index] = env
+        return room - size
+
+    def finish(self, before: fx.Node) -> None:
+        """After a round: what has been run."""
+        nodes = list(self.gm.graph.nodes)
+        self._done = set(nodes[: nodes.index(before)])
+
+
+class _Refitter:
+    """The original graph and the rewritten one side by side over the calibration data."""
+
+    def __init__(self, gm: fx.GraphModule, original: fx.GraphModule, data: Batches, stream: bool) -> None:
+        self.gm, self.data, self.stream = gm, data, stream
+        self.old, self.new = _Walk(original), _Walk(gm)
+
+    def refit(self, readout: Readout) -> float:
+        """Refit one layer, given in terms of the original graph; layers come in graph order. Returns the error's share left."""
+        target = readout.stream if self.stream and readout.stream is not None else readout.layer
+        nodes = {n.name: n for n in self.gm.graph.nodes}
+        layer, found = nodes[readout.layer.name], nodes[target.name]
+        self.old.start()
+        self.new.start()
+        sums: Sums | None = None
+        room = KEPT_BYTES
         with torch.no_grad():
-            before.visit({target: keep_target}, *batch.args, **batch.kwargs)
-            after.visit({layer: keep_layer, new_target: keep_new} if new_target is not layer else {layer: keep_layer},
-                        *batch.args, **batch.kwargs)  # fmt: skip
-            x = _rows(seen["input"], readout.channel_dim)
-            error = _rows(seen["target"].double() - seen["found"].double(), readout.channel_dim)
-            if readout.is_norm:
-                sums = _add_norm(sums, layer, x, error, index)
-            else:
-                sums = _add(sums, x[None], error[None], index)
-    assert sums is not None
-    if not bool(torch.isfinite(sums.halves).all()):
-        raise CalibrationError(f"{layer.name}: its values are not finite (nan or inf) on the calibration data")
-    weight = seen["weight"].double()
-    change, bias, left = _solve_norm(sums) if readout.is_norm else refit_linear(sums, x.shape[-1], RIDGES)
-    if "bias" in seen:
-        bias = bias + seen["bias"].double()
-    refit(gm, layer, weight + change.reshape(weight.shape), bias)
-    return left
-
-
-def readout_weight(layer: fx.Node) -> fx.Node:
-    return Readout(layer, None).weight
-
-
-def readout_bias(layer: fx.Node) -> fx.Node | None:
-    return Readout(layer, None).bias
+            for index, batch in enumerate(self.data.sweep()):
+                batch = batch.to(self.new.executor.device)
+                old, new = self.old.stop(readout.layer, index, batch), self.new.stop(layer, index, batch)
+                wanted = self.old.executor.compute(old, readout.layer, target)[target]
+                given = self.new.executor.compute(new, layer, found)[found]
+                x = _rows(new[layer.args[0]], readout.channel_dim)
+                error = _rows(wanted.double() - given.double(), readout.channel_dim)
+                sums = _add_norm(sums, layer, x, error, index) if readout.is_norm else _add(sums, x[None], error[None], index)
+                weight, bias = (None if n is None else new[n] for n in (Readout(layer, None).weight, Readout(layer, None).bias))
+                room = self.new.keep(index, new, self.old.keep(index, old, room))
+        assert sums is not None and weight is not None
+        self.old.finish(readout.layer)
+        self.new.finish(layer)
+        if not bool(torch.isfinite(sums.halves).all()):
+            raise CalibrationError(f"{layer.name}: its values are not finite (nan or inf) on the calibration data")
+        change, shift, left = _solve_norm(sums) if readout.is_norm else refit_linear(sums, x.shape[-1], RIDGES)
+        refit(self.gm, layer, weight.double() + change.reshape(weight.shape), shift if bias is None else shift + bias.double())
+        return left
 
 
 def _rows(t: Tensor, channel_dim: int) -> Tensor:
