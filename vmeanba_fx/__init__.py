@@ -16,7 +16,7 @@ if importlib.util.find_spec("vmeanba_fx.passes") is None:
     sys.modules["vmeanba_fx.passes"] = _passes
     _spec.loader.exec_module(_passes)
 
-from .api import apply_plan, transform
+from .api import apply_plan, bake_autocast, transform
 from .calibrate import calibrate
 from .capture import capture
 from .errors import (
@@ -57,6 +57,7 @@ __all__ = [
     "SymbolicTraceError",
     "VMeanbaError",
     "apply_plan",
+    "bake_autocast",
     "calibrate",
     "capture",
     "export",

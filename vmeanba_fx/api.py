@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from . import passes
 from .calibrate import calibrate
+from .graph import copy_graph
+from .passes import Pass, run_passes
 from .plan import Plan
+from .report import REPORT, attach_report
 
-__all__ = ["apply_plan", "transform"]
+__all__ = ["apply_plan", "bake_autocast", "transform"]
 
 _CHOICE = ("max_drop", "speedup", "sites", "exclude", "group_by")
 _APPLY = ("refit", "skip_passes", "verify", "dump")
@@ -57,6 +64,23 @@ def transform(
         **options,
     )
     return plan.apply(k, **choice, **apply_options)
+
+
+def bake_autocast(gm: fx.GraphModule, dtype: torch.dtype = torch.float16) -> fx.GraphModule:
+    """A copy of a rewritten float32 model that does by itself what ``torch.autocast("cuda", dtype)`` does around it.
+
+    Weights of convolutions and matrix products are held in ``dtype`` (half the memory, no cast at run time), norms and the
+    residual stream stay in float32. Lossy as autocast is: outputs differ from autocast's by rounding only.
+
+    Raises:
+        ValueError: ``dtype`` is not a 16-bit float.
+        GraphCheckError: the model has autocast or checkpoint regions of its own.
+    """
+    step = Pass("bake_autocast", partial(passes.bake_autocast, dtype=dtype), exact=False)
+    baked, records = run_passes(copy_graph(gm), [step])
+    if (found := baked.meta.get(REPORT)) is not None:
+        attach_report(baked, replace(found, passes=(*found.passes, *records)))
+    return baked
 
 
 def apply_plan(

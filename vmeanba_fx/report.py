@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Report", "report"]
 
-_META = "vmeanba_fx.report"
+REPORT = "vmeanba_fx.report"
 _PLAN = "vmeanba_fx.plan"
 
 
@@ -147,14 +147,14 @@ def report(gm: fx.GraphModule) -> Report:
     Raises:
         VMeanbaError: ``gm`` was not made by :func:`vmeanba_fx.transform` or :meth:`Plan.apply`.
     """
-    found = gm.meta.get(_META)
+    found = gm.meta.get(REPORT)
     if not isinstance(found, Report):
         raise VMeanbaError("this GraphModule carries no report: it was not made by vmeanba_fx.transform or Plan.apply")
     return found
 
 
 def attach_report(gm: fx.GraphModule, found: Report) -> None:
-    gm.meta[_META] = found
+    gm.meta[REPORT] = found
 
 
 def attach_plan(gm: fx.GraphModule, plan: dict[str, Any]) -> None:
