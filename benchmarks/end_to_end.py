@@ -12,6 +12,8 @@ Without ``--official`` the baseline is this package's own VMamba, whose outputs 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import csv
 import functools
 import importlib.util
@@ -19,7 +21,7 @@ import json
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -45,10 +47,12 @@ def main() -> None:
     for name in args.model:
         for precision in args.precision:
             for batch in args.batch:
-                rows += measure(args, name, precision, batch)
+                for row in measure(args, name, precision, batch):
+                    rows.append(row)
+                    print(json.dumps(row), flush=True)
+                    if args.out:
+                        write(rows, Path(args.out), args.tag)
     print(tabulate(rows, headers="keys", floatfmt=".2f"))
-    if args.out:
-        write(rows, Path(args.out), args.tag)
 
 
 def parse() -> argparse.Namespace:
@@ -61,8 +65,12 @@ def parse() -> argparse.Namespace:
     p.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["amp16"])
     p.add_argument("--fractions", nargs="+", type=float, default=[0.0, 0.25, 0.5, 1.0], help="shares of sites replaced")
     p.add_argument("--compile", action="store_true", help="time torch.compile as well")
-    p.add_argument("--graph", action="store_true", help="time CUDA graph replay of the eager model as well")
+    p.add_argument("--graph", action="store_true", help="time the replay of each as a CUDA graph as well")
+    p.add_argument("--ours", nargs="+", choices=("autocast", "baked", "half"), default=["baked"],
+                   help="how our graphs run in 16 bits: under autocast, with it baked in, or all in half")  # fmt: skip
+    p.add_argument("--skip-official", action="store_true")
     p.add_argument("--skip-official-compile", action="store_true")
+    p.add_argument("--skip-eager", action="store_true")
     p.add_argument("--seconds", type=float, default=1.0, help="timing budget of each variant")
     p.add_argument("--profile", action="store_true", help="print the ten slowest kernels of every timed variant")
     p.add_argument("--out", help="folder for CSV, Markdown and JSON")
@@ -70,7 +78,8 @@ def parse() -> argparse.Namespace:
     return p.parse_args()
 
 
-def measure(args: argparse.Namespace, name: str, precision: str, batch: int) -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace, name: str, precision: str, batch: int) -> Iterator[dict[str, Any]]:
+    """One row after the other, so that a run that is cut short has written what it measured."""
     dtype = PRECISIONS[precision]
     autocast = functools.partial(torch.autocast, "cuda", dtype=dtype or torch.float16, enabled=dtype is not None)
     torch.manual_seed(0)
@@ -86,50 +95,65 @@ def measure(args: argparse.Namespace, name: str, precision: str, batch: int) -> 
     plan = vmeanba_fx.calibrate(own, [images[:2]], score_sites=False)
     sites = [s.name for s in plan.sites]
     label = "official" if args.official else "own model"
-    variants: list[tuple[str, int | None, nn.Module]] = [(label, None, baseline)]
+    variants: list[tuple[str, int | None, nn.Module]] = [] if args.skip_official else [(label, None, baseline)]
     for fraction in args.fractions:
         k = round(fraction * len(sites))
         gm = plan.apply(0) if k == 0 else plan.apply(sites=sites[len(sites) - k :])
-        variants.append((f"ours k={k}", k, gm))
+        for how in args.ours if dtype is not None else ["autocast"]:
+            prepared = {"autocast": lambda gm: gm, "baked": functools.partial(vmeanba_fx.bake_autocast, dtype=dtype),
+                        "half": lambda gm, dtype=dtype: copy.deepcopy(gm).to(dtype)}[how](gm)  # fmt: skip
+            variants.append((f"ours k={k}" + ("" if how == "autocast" else f", {how}"), k, prepared))
 
-    rows: list[dict[str, Any]] = []
     for label, k, model in variants:
-        modes: list[tuple[str, Callable[[Tensor], Tensor]]] = [("eager", model)]
-        if args.graph:
-            modes.append(("eager, CUDA graph", GraphReplay(model, images, autocast)))
-        if args.compile and not (k is None and args.skip_official_compile):
-            target = register_scan_as_op(model, module) if k is None and args.official else model
-            modes.append(("compiled", torch.compile(target, fullgraph=k is not None)))
-            if batch == 1:
-                modes.append(("compiled, CUDA graph", GraphReplay(torch.compile(target), images, autocast)))
-        for mode, run in modes:
+        context = autocast if label.endswith(f"k={k}") or k is None else contextlib.nullcontext
+        given = images.to(dtype) if label.endswith("half") else images
+        for mode, run in modes(args, k, model, module):
             row = {"model": name, "precision": precision, "batch": batch, "variant": label, "mode": mode}
             try:
-                with torch.inference_mode(), autocast():
-                    found = run(images).float()
-                    # Replaced sites change the function; the lossless graph must not.
-                    row["error"] = relative(found, expected) if not k else float("nan")
-                    limit = 2e-2 if dtype is not None else 5e-3
-                    if not k and not row["error"] <= limit:
-                        rows.append(row | {"ms": float("nan"), "images/s": "WRONG NUMBERS"})
-                        continue
-                    row["ms"], row["peak MiB"] = timed(run, images, args.seconds)
-                    if args.profile:
-                        print(f"{label}, {mode}", slowest_kernels(run, images), sep="\n", flush=True)
-                row["images/s"] = f"{1e3 * batch / row['ms']:.0f}"
+                with torch.inference_mode(), context():
+                    row |= one_row(args, run, given, expected if not k else None, 2e-2 if dtype is not None else 5e-3)
             except RuntimeError as error:
                 row["images/s"] = f"failed: {str(error).splitlines()[0][:60]}"
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-            torch._dynamo.reset()
-    return rows
+            yield row
+
+
+def one_row(
+    args: argparse.Namespace, run: Callable[[Tensor], Tensor], images: Tensor, expected: Tensor | None, limit: float
+) -> dict[str, Any]:
+    """Check, then time. ``expected``: None where sites are replaced, which changes the function."""
+    found = run(images).float()
+    error = float("nan") if expected is None else relative(found, expected)
+    if expected is not None and not error <= limit:
+        return {"error": error, "ms": float("nan"), "images/s": "WRONG NUMBERS"}
+    ms, peak = timed(run, images, args.seconds)
+    if args.profile:
+        print(slowest_kernels(run, images), flush=True)
+    return {"error": error, "ms": ms, "peak MiB": peak, "images/s": f"{1e3 * len(images) / ms:.0f}"}
+
+
+def modes(
+    args: argparse.Namespace, k: int | None, model: nn.Module, module: types.ModuleType
+) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+    """The ways to run a variant; with ``--graph`` each is timed replayed as a CUDA graph as well."""
+    if not args.skip_eager:
+        yield "eager", model
+        if args.graph:
+            yield "eager, CUDA graph", GraphReplay(model)
+    if not args.compile or (k is None and args.skip_official_compile):
+        return
+    with scan_as_op(module) if k is None and args.official else contextlib.nullcontext():
+        compiled = torch.compile(model, fullgraph=k is not None, dynamic=False)
+        yield "compiled", compiled
+        if args.graph:
+            yield "compiled, CUDA graph", GraphReplay(compiled)
+        torch._dynamo.reset()
 
 
 class GraphReplay:
     """A model captured as one CUDA graph on one input."""
 
-    def __init__(self, model: Callable[[Tensor], Tensor], images: Tensor, autocast: Callable[[], Any]) -> None:
-        self.model, self.autocast = model, autocast
+    def __init__(self, model: Callable[[Tensor], Tensor]) -> None:
+        self.model = model
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -220,8 +244,9 @@ def _drop_path(self: nn.Module, drop_prob: float = 0.0) -> None:
     self.drop_prob = drop_prob
 
 
-def register_scan_as_op(model: nn.Module, module: types.ModuleType) -> nn.Module:
-    """The official model with its CUDA scan as one registered op, as its compiled baseline needs it."""
+@contextlib.contextmanager
+def scan_as_op(module: types.ModuleType) -> Iterator[None]:
+    """The official module with its CUDA scan as one registered op, as its compiled baseline needs it."""
     if not hasattr(torch.ops, "official_scan") or not hasattr(torch.ops.official_scan, "fwd"):
         scan = module.selective_scan_cuda_oflex
 
@@ -236,9 +261,9 @@ def register_scan_as_op(model: nn.Module, module: types.ModuleType) -> nn.Module
     def as_op(u, delta, A, B, C, D=None, delta_bias=None, delta_softplus=True, oflex=True, backend=None):
         return torch.ops.official_scan.fwd(u, delta, A, B, C, D, delta_bias)
 
-    module.selective_scan_fn = as_op
-    module.WITH_TRITON = False  # raw Triton launches inside autograd.Function break the graph
-    return model
+    # Raw Triton launches inside autograd.Function break the graph.
+    with mock.patch.multiple(module, selective_scan_fn=as_op, WITH_TRITON=False):
+        yield
 
 
 def write(rows: list[dict[str, Any]], folder: Path, tag: str) -> None:
