@@ -5,6 +5,7 @@ from .channels_last import channels_last
 from .cleanup import cleanup
 from .drop_annihilated import drop_annihilated
 from .functionalize import functionalize
+from .fuse_means import fuse_means
 from .fuse_shared import fuse_shared
 from .fuse_ss2d import fuse_ss2d
 from .lift_skip import lift_skip
@@ -26,6 +27,7 @@ __all__ = [
     "drop_annihilated",
     "find_readout",
     "functionalize",
+    "fuse_means",
     "fuse_shared",
     "fuse_ss2d",
     "lift_skip",

@@ -61,15 +61,15 @@ def _fuse(gm: fx.GraphModule, scan: fx.Node) -> None:
     step = shift[:, r].clone()
     shift[:, r] = 0.0
     if bool(shift.abs().max() > 0):
-        raise Unprovable("the projection of the map has a bias")
-    y = _read_out(scan, (K, cross.channels, cross.length))
+        raise Unprovable("what the scan reads is no linear function of the same position of the map")
+    y = read_out(scan, (K, cross.channels, cross.length))
     V, bias = find_read_out(cross, scan, y)
     merge = find_merge(cross, y, y)
 
     emit = Emitter(gm.graph, merge.node, NAME, like=scan)
     site = scan.meta.get(SITE, scan.name)
     x = channel_first(emit, cross)
-    f = _features(gm, emit, cross, weight, x, site)
+    f = emit(aten.unflatten.int, feature_maps(gm, emit, cross, weight, x, site), 3, [cross.height, cross.width])
     N = value(a["C"]).shape[2]
     parts = [emit(aten.slice.Tensor, f, 2, i, j) for i, j in ((0, r), (r + 1, r + 1 + N), (r + 1 + N, r + 1 + 2 * N))]
     delta = emit(aten.select.int, f, 2, r)
@@ -87,28 +87,28 @@ def _fuse(gm: fx.GraphModule, scan: fx.Node) -> None:
         matrix = make_buffer(gm, emit, site, "V", V.permute(1, 0, 2).flatten(1), cross, torch.float32)
         flat = emit(aten.permute.default, emit(aten.flatten.using_ints, yr, 1, 2), [0, 2, 3, 1])
         yr = emit(aten.permute.default, emit(aten.linear.default, flat, matrix), [0, 3, 1, 2])
-    out = _add_skip(gm, emit, cross, merge, x, yr, bias.sum(0), site)
+    out = add_skip(gm, emit, cross, merge, x, yr, bias.sum(0), site)
     merge.node.replace_all_uses_with(restore_shape(emit, out, merge))
 
 
-def _features(
+def feature_maps(
     gm: fx.GraphModule, emit: Emitter, cross: CrossScan, weight: Tensor, x: fx.Node, site: str
 ) -> fx.Node:
-    """(B, K, F, H, W), each feature a map of its own, as the scan kernel reads them best."""
+    """(B, K, F, L), each feature a map of its own, as the scan kernels read them best."""
     K, F, D = weight.shape
     matrix = make_buffer(gm, emit, site, "x_proj", weight.reshape(1, K * F, D), cross)
     f = emit(aten.matmul.default, matrix, emit(aten.flatten.using_ints, x, 2, 3))
-    return emit(aten.unflatten.int, emit(aten.unflatten.int, f, 1, [K, F]), 3, [cross.height, cross.width])
+    return emit(aten.unflatten.int, f, 1, [K, F])
 
 
-def _add_skip(
-    gm: fx.GraphModule, emit: Emitter, cross: CrossScan, merge: Merge, x: fx.Node, y: fx.Node, bias: Tensor, site: str
+def add_skip(
+    gm: fx.GraphModule, emit: Emitter, cross: CrossScan, merge: Merge, x: fx.Node, y: fx.Node, bias: Tensor | None, site: str
 ) -> fx.Node:
     """y (B, D or 1, H, W) + skip * x + bias in the dtype of the merged map."""
     skip = torch.zeros(cross.channels, dtype=torch.float64) if merge.skip is None else merge.skip
     D = make_buffer(gm, emit, site, "D", skip.reshape(-1, 1, 1), cross, torch.float32)
     out = emit(aten.add.Tensor, emit(aten.mul.Tensor, x, D), y)
-    if bool(bias.abs().max() > 0):
+    if bias is not None and bool(bias.abs().max() > 0):
         out = emit(aten.add.Tensor, out, make_buffer(gm, emit, site, "bias", bias.reshape(-1, 1, 1), cross, torch.float32))
     wanted = value(merge.node).dtype
     return out if value(out).dtype == wanted else emit(aten.to.dtype, out, wanted)
@@ -138,7 +138,7 @@ def _ancestors(node: fx.Node) -> Iterator[fx.Node]:
         queue += fresh
 
 
-def _read_out(scan: fx.Node, sizes: tuple[int, int, int]) -> fx.Node:
+def read_out(scan: fx.Node, sizes: tuple[int, int, int]) -> fx.Node:
     """The node behind ``scan`` that holds its output for all channels, (B, K*D, L), before anything else is added."""
     K, D, L = sizes
     found, node = None, scan

@@ -32,6 +32,8 @@ Mean = Literal["direction", "all", "input"]
 NAME = "mean_scan"
 BROADCAST = "vmeanba_fx.broadcast"
 """``node.meta`` key of the node that holds a replaced scan's output; its value is the number of groups K."""
+BLOCK = "vmeanba_fx.block"
+"""``node.meta`` key of a replaced site's ``linear_scan``: names of the nodes and options that the block was made from."""
 
 _ops = torch.ops.vmeanba_fx
 
@@ -61,10 +63,22 @@ def mean_scan(gm: fx.GraphModule, sites: Iterable[str], *, mean: Mean = "directi
         groups, channels = group_shape(value(args["u"]), value(args["B"]))
         out = mean_block(emit, **args, mean=mean, groups=groups, channels=channels, dtype_of=lambda n: value(n).dtype)
         out.meta[BROADCAST] = groups
+        _describe(out, args, mean)
         scan.replace_all_uses_with(out)
         scan.graph.erase_node(scan)
     remove_dead_code(gm)
     return gm
+
+
+def _describe(out: fx.Node, args: dict[str, Any], mean: Mean) -> None:
+    node = out
+    while node.target is not _ops.linear_scan.default:
+        if node.target is _ops.shared_scan.default:
+            return
+        node = node.args[0]
+    names = {n: args[n].name for n in ("u", "delta", "A", "B", "C")}
+    bias = None if args["delta_bias"] is None else args["delta_bias"].name
+    node.meta[BLOCK] = {**names, "bias": bias, "softplus": args["delta_softplus"], "all": mean == "all"}
 
 
 def scan_arguments(scan: fx.Node) -> dict[str, Any]:

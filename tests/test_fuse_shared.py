@@ -114,18 +114,21 @@ def planned(name, dtype, mean):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("mean", ["input", "direction", "all"])
 @pytest.mark.parametrize("name", ["v05_onnone", "v05_ondwconv3"])
-def test_live_input_mean_of_vmamba(name, dtype):
-    plan, x = planned(name, dtype, "input")
+def test_live_sites_of_vmamba(name, mean, dtype):
+    plan, x = planned(name, dtype, mean)
     n = len(plan.sites)
     gm = plan.apply(n)
-    assert targets(gm).count(OURS.shared_scan2d.default) == n
+    assert targets(gm).count(OURS.shared_scan2d.default if mean == "input" else OURS.linear_scan.default) == n
+    assert not vmeanba_fx.report(gm).unfused
     gone = {aten.flip.default, aten.stack.default, aten.conv1d.default, aten.split_with_sizes.default}
-    assert not gone & set(targets(gm))
+    assert not gone & set(targets(gm)), "parts of the cross scan or of its projections are left"
     with torch.no_grad():
-        literal = plan.apply(n, skip_passes=EXACT)(x)
-        assert relative(gm(x), literal) < (1e-5 if dtype == torch.float32 else 1e-12)
-        assert relative(plan.apply(0)(x), literal) > 0.02, "the replaced scans make no difference here"
+        literal = plan.apply(n, skip_passes=EXACT)
+        assert relative(gm(x), literal(x)) < (1e-5 if dtype == torch.float32 else 1e-12)
+        assert relative(gm(x[:1]), literal(x[:1])) < (1e-5 if dtype == torch.float32 else 1e-12)
+        assert relative(plan.apply(0)(x), literal(x)) > 0.02, "the replaced scans make no difference here"
 
 
 def test_report_says_why_a_site_was_not_fused():

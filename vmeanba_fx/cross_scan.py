@@ -115,7 +115,7 @@ def find_projections(scan: CrossScan, delta: fx.Node, B: fx.Node, C: fx.Node, u:
         raise Unprovable(f"the step projection reads {low_rank.name}, which is no low-rank feature map")
     x_weight, shift = _read_affine(rows, scan.source, scan.to_source, (K, D, L), [low_rank, B, C], scan.order)
     if bool(shift.abs().max() > 0):
-        raise Unprovable("the projection of the map has a bias")
+        raise Unprovable("the step features, B or C are no linear function of the same position of the map")
     state = shape_of(B, rows.batch)[2]
     shape = shape_of(low_rank, rows.batch)[1:]
     dt_weight, offset = _read_affine(

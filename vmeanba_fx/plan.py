@@ -32,6 +32,7 @@ from .passes import (
     channels_last,
     cleanup,
     drop_annihilated,
+    fuse_means,
     fuse_shared,
     fuse_ss2d,
     mean_scan,
@@ -249,7 +250,7 @@ class Plan:
 
     def _passes(self, chosen: list[str]) -> list[Pass]:
         lossy = [Pass("mean_scan", partial(mean_scan, sites=chosen, mean=self.mean), exact=False)] if chosen else []
-        exact = (drop_annihilated, merge_skips, fuse_ss2d, fuse_shared, channels_last, cleanup)
+        exact = (drop_annihilated, merge_skips, fuse_ss2d, fuse_shared, fuse_means, channels_last, cleanup)
         return [*lossy, *(Pass(run.__name__, run, exact=True) for run in exact)]
 
     def _fitted(
