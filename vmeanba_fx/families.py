@@ -139,6 +139,19 @@ def _chunked(a: Mapping[str, Any]) -> ScanCall:
     )  # fmt: skip
 
 
+_CHUNKED = ("x", "dt", "A", "B", "C", "chunk_size")
+_CHUNKED_OPTIONS = {
+    "D", "z", "dt_bias", "initial_states", "seq_idx", "cu_seqlens", "dt_softplus", "dt_limit", "return_final_states",
+    "return_varlen_states", "state_dtype", "backend",
+}  # fmt: skip
+
+
+def _is_chunked(parameters: tuple[str, ...]) -> bool:
+    # The launchers behind the public function have its parameters but this one, and return what its backward needs.
+    n = len(_CHUNKED)
+    return parameters[:n] == _CHUNKED and "return_final_states" in parameters[n:] and set(parameters[n:]) <= _CHUNKED_OPTIONS
+
+
 # -- any other code ----------------------------------------------------------------------------------------------------
 
 _NAMES = {
@@ -204,15 +217,8 @@ def _register_builtin() -> None:
         optional=("z", "delta_bias", "delta_softplus", "return_last_state", "lag"),
         adapt=_state_only,
     )
-    register_scan(
-        "chunked scan (Mamba-2)",
-        parameters=("x", "dt", "A", "B", "C", "chunk_size"),
-        optional=(
-            "D", "z", "dt_bias", "initial_states", "seq_idx", "cu_seqlens", "dt_softplus", "dt_limit",
-            "return_final_states", "return_varlen_states", "state_dtype", "backend",
-        ),
-        adapt=_chunked,
-    )  # fmt: skip
+    chunked = "chunked scan (Mamba-2)"
+    _SPECS[chunked] = ScanSpec(chunked, (), frozenset(), _chunked, recognise=_is_chunked)
 
 
 _register_builtin()

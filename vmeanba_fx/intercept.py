@@ -86,11 +86,12 @@ class Interception:
         """One call of a swapped function: our op, or ``original`` where this is not a scan that the op computes."""
         if threading.get_ident() != self._thread:
             return original(*args, **kwargs)
-        self._entered += 1
         bound = _bind(signature, args, kwargs, name)
+        self._entered += 1
         try:
             call = spec.adapt(bound.arguments)
         except Refusal as refusal:
+            self._entered -= spec.proof  # not a scan by its arguments either
             place, seen = self.where(), (self._taken, len(self.refused))
             result = original(*args, **kwargs)
             if not spec.proof or (self._taken, len(self.refused)) == seen:  # else a scan inside of it was seen
