@@ -9,7 +9,7 @@ examples, whose "official" is the official class with its weights.
 
 Numbers first: what claims to be lossless is compared with the official model's outputs (without it, with this package's own
 VMamba; in bfloat16 it may be off by twice what the model itself is), and a failure prints no speed. Times are medians of
-forwards taken in turns. "peak" is the most that the CPU allocator held during a forward beyond weights and input.
+forwards one after another. "peak" is the most that the CPU allocator held during a forward beyond weights and input.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import vmeanba_fx
-from benchmarks.cpu_scan import conditions, error, processor, times, write
+from benchmarks.cpu_scan import conditions, error, median, processor, write
 from tests import official
 from tests.helpers import make_scan_matter
 from vmeanba_fx import models
@@ -82,12 +82,14 @@ def rewritten(model: nn.Module, images: Tensor) -> dict[str, nn.Module]:
     return {"k = 0": plan.apply(0), f"k = {len(sites) - len(sites) // 2}": half, f"k = {len(sites)}": plan.apply(len(sites))}
 
 
-def vmamba_tiny(module) -> tuple[nn.Module, nn.Module, Tensor]:
-    own = make_scan_matter(models.vmamba_tiny_s1l8()).eval()
+def vmamba_tiny(module, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, Tensor]:
+    own = models.vmamba_tiny_s1l8().eval()
+    if dtype == torch.float32:  # these weights magnify what bfloat16 rounds away
+        make_scan_matter(own)
     return own, getattr(module, "vmamba_tiny_s1l8", models.vmamba_tiny_s1l8)().eval(), torch.randn(1, 3, 224, 224)
 
 
-def vmamba_digits(module) -> tuple[nn.Module, nn.Module, Tensor]:
+def vmamba_digits(module, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, Tensor]:
     own = models.vmamba_digits(pretrained=True).eval()
     baseline = models.vmamba_digits() if module is models else module.VSSM(**models.factories._SPECS["vmamba_digits"])
     return own, baseline.eval(), torch.randn(1, 1, 32, 32)
@@ -95,7 +97,7 @@ def vmamba_digits(module) -> tuple[nn.Module, nn.Module, Tensor]:
 
 def measure(build: Callable, module, batch: int, dtype: torch.dtype, seconds: float) -> list[list]:
     torch.manual_seed(0)
-    own, baseline, image = build(module)
+    own, baseline, image = build(module, dtype)
     baseline.load_state_dict(own.state_dict())
     images = torch.randn(batch, *image.shape[1:])
     runs = {"official" if module is not models else "own VMamba, eager": (baseline, images)}
@@ -110,9 +112,7 @@ def measure(build: Callable, module, batch: int, dtype: torch.dtype, seconds: fl
         limit = TOLERANCE if dtype == torch.float32 else 2 * error(own(images.to(dtype)), expected)
         if not difference < limit:
             raise SystemExit(f"k = 0 is wrong by {difference:.1e} in {dtype}; no speed is printed")
-        slow, *fast = runs.values()
-        medians = times([lambda: slow[0](slow[1])], seconds / 2)
-        medians += times([lambda run=run: run[0](run[1]) for run in fast], seconds)
+        medians = [median(lambda run=run: run[0](run[1]), seconds / len(runs)) for run in runs.values()]
         for (name, (model, x)), milliseconds in zip(runs.items(), medians, strict=True):
             with FlopCounterMode(display=False) as counter:
                 model(x)
@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = conditions(options.threads) + "\n\n" + tabulate(rows, headers, tablefmt="github", floatfmt=formats) + "\n"
     print(text, end="")
     if options.out:
-        write(options.out, f"cpu_models_{processor()}", options.threads, text)
+        write(options.out, f"cpu_models_{processor()}_{'-'.join(options.precision)}", options.threads, text)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@
 "official" is a loop as the reference functions of public code have it (VMamba's `selective_scan_torch`): discretise the whole
 tensor, then per step a multiply, an add and an einsum. "tight" is the best loop we could write: time outermost, one fused
 multiply-add per step in place, the outputs in one product at the end. "D=1" is `linear_scan` with one channel, the recurrence
-that is left of a site after VMeanba's mean, at the same batch, groups, state and length; its share is of the full scan's
-time. Numbers first: every op and both loops are compared with `ops.naive` in float64 on the benchmark's own inputs, and a
-failure prints no speed. Times are medians in milliseconds, taken in turns so that a busy moment of the machine hits all alike.
+that is left of a site after VMeanba's mean, at the same batch, groups, state and length; its share is of the full scan's time.
+
+Numbers first: all are compared with `vmeanba_fx.ops.naive` in float64 on the benchmark's own inputs, and a failure prints no
+speed. Times are medians in milliseconds of calls one after another: the inputs are where the last call left them, as in a
+model they are where the operation before left them.
 """
 
 import argparse
@@ -27,13 +29,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from vmeanba_fx import ops
 from vmeanba_fx.ops import cpu_jit, naive
 
 # (batch, groups K, channels per group D, states N, length L)
 SHAPES = [(8, 4, 96, 16, 576), (8, 4, 96, 1, 576), (1, 4, 96, 16, 3136), (1, 4, 96, 1, 3136)]
 LENGTHS = [2**i for i in range(8, 17)]
 TOLERANCE = 1e-5
+# As graphs call them.
+scan, one_channel_scan = torch.ops.vmeanba_fx.selective_scan.default, torch.ops.vmeanba_fx.linear_scan.default
 
 
 def inputs(batch: int, K: int, D: int, N: int, L: int) -> tuple[dict, dict]:
@@ -96,31 +99,27 @@ def doubled(arguments: dict) -> dict:
     return {name: x.double() if torch.is_tensor(x) else x for name, x in arguments.items()}
 
 
-def times(calls: list[Callable[[], object]], seconds: float) -> list[float]:
-    """Median milliseconds of each call, measured in turns for about `seconds` in all and at least three rounds."""
-    for call in calls:
-        call()
-    rounds: list[list[float]] = []
+def median(call: Callable[[], object], seconds: float) -> float:
+    """Median milliseconds of a call in a series of about `seconds`, and of at least three after the first."""
+    call()
+    found: list[float] = []
     end = time.perf_counter() + seconds
-    while len(rounds) < 3 or time.perf_counter() < end:
-        row = []
-        for call in calls:
-            start = time.perf_counter()
-            call()
-            row.append(1e3 * (time.perf_counter() - start))
-        rounds.append(row)
-    return [statistics.median(column) for column in zip(*rounds, strict=True)]
+    while len(found) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        found.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(found)
 
 
 def measure(shape: tuple[int, ...], seconds: float) -> list:
     full, one = inputs(*shape)
     expected = naive.selective_scan(**doubled(full))
-    calls = {"official loop": official_loop, "tight loop": tight_loop, "selective_scan": ops.selective_scan}
+    calls = {"official loop": official_loop, "tight loop": tight_loop, "selective_scan": scan}
     for name, call in calls.items():
         require(name, error(call(**full), expected), shape)
-    require("linear_scan", error(ops.linear_scan(**one), naive.linear_scan(**doubled(one))), shape)
-    runs = [lambda call=call: call(**full) for call in calls.values()]
-    official, tight, ours, single = times([*runs, lambda: ops.linear_scan(**one)], seconds)
+    require("linear_scan", error(one_channel_scan(**one), naive.linear_scan(**doubled(one))), shape)
+    official, tight, ours = (median(lambda call=call: call(**full), seconds / 4) for call in calls.values())
+    single = median(lambda: one_channel_scan(**one), seconds / 4)
     return [*shape, official, tight, ours, official / ours, tight / ours, single, f"{single / ours:.1%}"]
 
 
@@ -135,9 +134,10 @@ def growth(states: int, seconds: float) -> list[list]:
     for length in LENGTHS:
         full, one = inputs(1, 4, 96, states, length)
         if length <= 1024:
-            require("selective_scan", error(ops.selective_scan(**full), naive.selective_scan(**doubled(full))), (length,))
-        scan, single = times([lambda full=full: ops.selective_scan(**full), lambda one=one: ops.linear_scan(**one)], seconds)
-        rows.append([states, length, scan, 1e6 * scan / (4 * 96 * states * length), single])
+            require("selective_scan", error(scan(**full), naive.selective_scan(**doubled(full))), (length,))
+        full_ms = median(lambda full=full: scan(**full), seconds)
+        one_ms = median(lambda one=one: one_channel_scan(**one), seconds)
+        rows.append([states, length, full_ms, 1e6 * full_ms / (4 * 96 * states * length), one_ms])
     return rows
 
 
@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     with torch.inference_mode():
         rows = [measure(shape, options.seconds) for shape in SHAPES]
-        longer = [row for states in (1, 16) for row in growth(states, options.seconds / 8)]
+        longer = [row for states in (1, 16) for row in growth(states, options.seconds / 16)]
     headers = ["batch", "K", "D", "N", "L", "official ms", "tight ms", "scan ms", "ratio", "ratio", "D=1 ms", "D=1 share"]
     formats = ("d", "d", "d", "d", "d", ".1f", ".1f", ".2f", ".1f", ".1f", ".3f", "")
     tables = [

@@ -37,7 +37,7 @@ def usable(*tensors: Tensor | None) -> bool:
     """Whether the kernels take a call with these tensors: real CPU tensors, no float64, and Numba is there."""
     for tensor in tensors:
         if tensor is not None and (
-            tensor.device.type != "cpu" or tensor.dtype == torch.float64 or type(tensor) not in (Tensor, torch.nn.Parameter)
+            not tensor.is_cpu or tensor.dtype == torch.float64 or type(tensor) not in (Tensor, torch.nn.Parameter)
         ):
             return False
     return _kernels() is not None
@@ -146,7 +146,7 @@ def _strides(tensor: Tensor | None, dims: int) -> list[int]:
 
 def _run(kernel: Callable, pieces: int, states: int, arguments: tuple) -> None:
     """Call a kernel in as many threads as PyTorch uses, or in this one where there is too little to do."""
-    data = array("q", [0, pieces, *(x if type(x) is int else _number(x) for x in arguments)])
+    data = array("q", [0, pieces, *[x if type(x) is int else _number(x) for x in arguments]])
     address = data.buffer_info()[0]
     threads = torch.get_num_threads()
     function = _kernels().compiled(kernel)

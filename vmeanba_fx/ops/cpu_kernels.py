@@ -29,34 +29,41 @@ from .cpu_lanes import (
     position,
     put,
     read,
+    read_rows,
     scan16,
     silu,
     softplus,
     spread,
     store,
-    store_columns,
     store_some,
     table,
     take,
+    transpose,
     window_decays,
+    write_rows,
 )
 
 LOG2_E = 1.4426950408889634
+SPAN = 8 * ROW  # bytes of a row that the full scan copies at a time
 BLOCK = 64 * LANES  # steps of a one-channel scan whose outputs stay in the cache while the states are summed
 
 
 def selective_scan(data):
     """A piece is 16 channels of one group and one batch item; the lanes are channels.
 
+    Rows are copied to and fro in spans of 128 steps: where L is a power of two, rows side by side share their place in the
+    caches, and vectors taken from them one by one would throw each other out.
+
     u, delta, z (B, K*D, L); A (K*D, N) times log2(e) and `out`, both contiguous; B, C (B, K, N, L); skip, bias (K*D,).
     """
     (_, pieces, K, D, N, L, softplus_, u, u_b, u_c, delta, delta_b, delta_c, A, B, B_b, B_k, B_n, C, C_b, C_k, C_n, skip, z,
      z_b, z_c, bias, out) = table(data, 28)  # fmt: skip
-    scratch = np.empty((5 * TILE + 2 * N * ROW + 2 * N * ROW) // 4 + LANES, np.float32)
+    scratch = np.empty((4 * TILE + 3 * LANES * SPAN + 2 * N * SPAN + 2 * N * ROW) // 4 + LANES, np.float32)
     x_t = aligned(scratch)
-    dt_t, du_t, z_t, y_t = x_t + TILE, x_t + 2 * TILE, x_t + 3 * TILE, x_t + 4 * TILE
-    decay, state = x_t + 5 * TILE, x_t + 5 * TILE + N * ROW
-    B_n_t, C_n_t = state + N * ROW, state + 2 * N * ROW
+    dt_t, du_t, y_t, decay = x_t + TILE, x_t + 2 * TILE, x_t + 3 * TILE, x_t + 4 * TILE
+    state, u_rows = decay + N * ROW, decay + 2 * N * ROW
+    delta_rows, out_rows, B_rows = u_rows + LANES * SPAN, u_rows + 2 * LANES * SPAN, u_rows + 3 * LANES * SPAN
+    C_rows = B_rows + N * SPAN
     tiles = (D + LANES - 1) // LANES
     zero = spread(np.float32(0))
     for _ in range(pieces):
@@ -76,33 +83,39 @@ def selective_scan(data):
                 put(decay + ROW * n + 4 * i, get(A + 4 * ((channel + min(i, rows - 1)) * N + n)))
         shift = load_some(bias + 4 * channel, rows) if bias else zero
         weight = load_some(skip + 4 * channel, rows) if skip else zero
-        for t in range(0, L, LANES):
-            count = min(LANES, L - t)
-            load_columns(u_at + 4 * t, u_c, rows, count, x_t)
-            load_columns(delta_at + 4 * t, delta_c, rows, count, dt_t)
-            for i in range(LANES):
-                dt = load(dt_t + ROW * i) + shift
-                if softplus_:
-                    dt = softplus(dt)
-                store(dt_t + ROW * i, dt)
-                store(du_t + ROW * i, dt * load(x_t + ROW * i))
-            for n in range(N):
-                store(B_n_t + ROW * n, load_some(B_at + B_n * n + 4 * t, count))
-                store(C_n_t + ROW * n, load_some(C_at + C_n * n + 4 * t, count))
-            for i in range(count):
-                dt, du = load(dt_t + ROW * i), load(du_t + ROW * i)
-                y = weight * load(x_t + ROW * i)
-                for n in range(N):
-                    drive = du * read(B_n_t + ROW * n + 4 * i)
-                    h = fma(exp2(dt * load(decay + ROW * n)), load(state + ROW * n), drive)
-                    store(state + ROW * n, h)
-                    y = fma(h, read(C_n_t + ROW * n + 4 * i), y)
-                store(y_t + ROW * i, y)
+        for begin in range(0, L, SPAN // 4):
+            steps = min(SPAN // 4, L - begin)
+            read_rows(u_at + 4 * begin, u_c, rows, steps, u_rows, SPAN)
+            read_rows(delta_at + 4 * begin, delta_c, rows, steps, delta_rows, SPAN)
+            read_rows(B_at + 4 * begin, B_n, N, steps, B_rows, SPAN)
+            read_rows(C_at + 4 * begin, C_n, N, steps, C_rows, SPAN)
+            for t in range(0, steps, LANES):
+                load_columns(u_rows + 4 * t, SPAN, rows, x_t)
+                load_columns(delta_rows + 4 * t, SPAN, rows, dt_t)
+                for i in range(LANES):
+                    dt = load(dt_t + ROW * i) + shift
+                    if softplus_:
+                        dt = softplus(dt)
+                    store(dt_t + ROW * i, dt)
+                    store(du_t + ROW * i, dt * load(x_t + ROW * i))
+                for i in range(min(LANES, steps - t)):
+                    dt, du = load(dt_t + ROW * i), load(du_t + ROW * i)
+                    y = weight * load(x_t + ROW * i)
+                    for n in range(N):
+                        drive = du * read(B_rows + SPAN * n + 4 * (t + i))
+                        h = fma(exp2(dt * load(decay + ROW * n)), load(state + ROW * n), drive)
+                        store(state + ROW * n, h)
+                        y = fma(h, read(C_rows + SPAN * n + 4 * (t + i)), y)
+                    store(y_t + ROW * i, y)
+                transpose(y_t, y_t)
+                read_rows(y_t, ROW, rows, LANES, out_rows + 4 * t, SPAN)
             if z:
-                load_columns(z_at + 4 * t, z_c, rows, count, z_t)
-                for i in range(count):
-                    store(y_t + ROW * i, load(y_t + ROW * i) * silu(load(z_t + ROW * i)))
-            store_columns(y_t, out_at + 4 * t, 4 * L, rows, count)
+                read_rows(z_at + 4 * begin, z_c, rows, steps, u_rows, SPAN)
+                for i in range(rows):
+                    for t in range(0, 4 * steps, ROW):
+                        gate = silu(load(u_rows + SPAN * i + t))
+                        store(out_rows + SPAN * i + t, load(out_rows + SPAN * i + t) * gate)
+            write_rows(out_rows, SPAN, rows, steps, out_at + 4 * begin, 4 * L)
 
 
 def ss2d(data):
@@ -132,7 +145,8 @@ def ss2d(data):
         scale = load_some(skip + 4 * channel, rows) if skip else zero
         for k in range(K):
             for r in range(0, R, LANES):
-                load_columns(weight + 4 * ((k * D + channel) * R + r), 4 * R, rows, min(LANES, R - r), weight_r + ROW * r)
+                read_rows(weight + 4 * ((k * D + channel) * R + r), 4 * R, rows, min(LANES, R - r), weight_r + ROW * r, ROW)
+                load_columns(weight_r + ROW * r, ROW, rows, weight_r + ROW * r)
             for n in range(N):
                 store(state + ROW * n, zero)
                 for i in range(LANES):
@@ -303,19 +317,24 @@ def linear_scan(data):
 @njit(nogil=True)
 def _steps(a, drive, C_now, b_at, b_r, scaled, n, R, state, out_at, out_r, count):
     """16 steps of state n of R channels that share the decay; `out` is begun by state 0 and added to by the others."""
-    reach = window_decays(a)
-    for r in range(R):
-        b = load_some(b_at + b_r * r, count)
-        if scaled:
-            b = b * drive
-        held = state + ROW * (n * R + r)
-        before, h = load(held), scan16(a, b)
-        # Not last(h) after the next line: from vector to vector there should be one multiply-add, and no more.
-        store(held, fma(last(reach), before, last(h)))
-        y = fma(reach, before, h) * C_now
-        if n:
-            y = y + load_some(out_at + out_r * r, count)
-        store_some(out_at + out_r * r, y, count)
+    reach, held = window_decays(a), state + ROW * n * R
+    _channel_steps(a, reach, drive, C_now, b_at, scaled, n, held, out_at, count)
+    for r in range(1, R):
+        _channel_steps(a, reach, drive, C_now, b_at + b_r * r, scaled, n, held + ROW * r, out_at + out_r * r, count)
+
+
+@njit(nogil=True)
+def _channel_steps(a, reach, drive, C_now, b_at, scaled, n, held, out_at, count):
+    b = load_some(b_at, count)
+    if scaled:
+        b = b * drive
+    before, h = load(held), scan16(a, b)
+    # Not last(h) after the next line: from vector to vector there should be one multiply-add, and no more.
+    store(held, fma(last(reach), before, last(h)))
+    y = fma(reach, before, h) * C_now
+    if n:
+        y = y + load_some(out_at, count)
+    store_some(out_at, y, count)
 
 
 @cache

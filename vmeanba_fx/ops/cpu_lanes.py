@@ -319,30 +319,6 @@ def aligned(scratch):
 
 
 @njit(nogil=True)
-def load_columns(source, stride, rows, count, target):
-    """target[t], a vector for each of 16 columns = source[row, t]; `rows`, `count` <= 16 are there, the rest is zero."""
-    for i in range(rows):
-        if count == LANES:
-            store(target + ROW * i, load(source + stride * i))
-        else:
-            store(target + ROW * i, load_part(source + stride * i, count))
-    for i in range(rows, LANES):
-        store(target + ROW * i, spread(np.float32(0)))
-    transpose(target, target)
-
-
-@njit(nogil=True)
-def store_columns(source, target, stride, rows, count):
-    """The reverse, spoiling the source: target[row, t] = source[t]."""
-    transpose(source, source)
-    for i in range(rows):
-        if count == LANES:
-            store(target + stride * i, load(source + ROW * i))
-        else:
-            store_part(target + stride * i, load(source + ROW * i), count)
-
-
-@njit(nogil=True)
 def load_some(address, count):
     return load(address) if count == LANES else load_part(address, count)
 
@@ -353,3 +329,27 @@ def store_some(address, value, count):
         store(address, value)
     else:
         store_part(address, value, count)
+
+
+@njit(nogil=True)
+def read_rows(source, source_stride, rows, count, target, target_stride):
+    """Copy `rows` rows of `count` floats to scratch memory, in whole vectors: zeros fill up the last one."""
+    for i in range(rows):
+        for t in range(0, count, LANES):
+            store(target + target_stride * i + 4 * t, load_some(source + source_stride * i + 4 * t, min(LANES, count - t)))
+
+
+@njit(nogil=True)
+def write_rows(source, source_stride, rows, count, target, target_stride):
+    """Copy `rows` rows of `count` floats, and no more."""
+    for i in range(rows):
+        for t in range(0, count, LANES):
+            store_some(target + target_stride * i + 4 * t, load(source + source_stride * i + 4 * t), min(LANES, count - t))
+
+
+@njit(nogil=True)
+def load_columns(source, stride, rows, target):
+    """target[t], a vector for each of 16 columns = source[row, t] for up to 16 rows; it is zero for the rest."""
+    for i in range(LANES):
+        store(target + ROW * i, load(source + stride * i) if i < rows else spread(np.float32(0)))
+    transpose(target, target)
