@@ -156,6 +156,19 @@ def test_the_program_carries_its_report_and_plan(capsys, tmp_path, spec, data):
     assert said["bytes"] == out.stat().st_size and said["dynamic_batch"] is True
 
 
+def test_rank_r_scans_and_refits(capsys, tmp_path, spec, data, images):
+    plan, out = tmp_path / "plan.json", tmp_path / "model.pt2"
+    run(capsys, "score", "--model", spec, "--data", data, "--out", plan, "--reduce", "rank", "--rank", "2")
+    argv = ["apply", "--model", spec, "--plan", plan, "-k", 2, "--out", out, "--refit", "sites"]
+    assert "calib_loader" in refused(capsys, *argv)
+    code, text, err = run(capsys, *argv, "--calibration", data)
+    assert code == 0, err
+    assert "2 sites replaced (lossy, rank 2)" in text and "refitted" in text
+    expected = vmeanba_fx.Plan.load(plan).apply(2, model=tiny(), refit=True, calib_loader=[images])(images)
+    assert relative_error(torch.export.load(out).module()(images), expected) < 1e-4
+    assert "--rank belongs to scoring" in refused(capsys, *argv, "--rank", "auto")
+
+
 def test_export_without_a_choice_changes_nothing(capsys, tmp_path, spec, images):
     out = tmp_path / "model.pt2"
     code, _, _ = run(capsys, "export", "--model", spec, "--data", "random:2,1,32,32", "--out", out)
@@ -398,6 +411,7 @@ def test_named_data_sets(capsys, tmp_path, spec):
         ["find", "--model", "vmamba_digits", "--data", "digits", "--batch", "0"],
         ["score", "--model", "vmamba_digits", "--data", "digits"],
         ["score", "--model", "vmamba_digits", "--data", "digits", "--out", "x", "--metric", "guess"],
+        ["score", "--model", "vmamba_digits", "--data", "digits", "--out", "x", "--reduce", "rank", "--rank", "0"],
         ["apply", "--model", "vmamba_digits", "--data", "digits", "--out", "x.pt2"],
         ["apply", "--model", "vmamba_digits", "-k", "1", "--out", "x.pt2"],
         ["apply", "--model", "vmamba_digits", "--data", "digits", "--plan", "p", "-k", "1", "--out", "x.pt2"],

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from ..errors import VMeanbaError
 from ..models import CheckpointError
 from . import bench, commands
-from .arguments import CommandError, DataSpec, ModelSpec, at_least
+from .arguments import CommandError, DataSpec, ModelSpec, at_least, rank
 
 __all__ = ["main"]
 
@@ -138,6 +138,9 @@ def _scoring(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--metric", choices=["accuracy", "loss", "kl"], help="default: accuracy with labels, kl without")
     sub.add_argument("--mean", choices=["direction", "all", "input"], help="variant of the mean (default: direction)")
     sub.add_argument("--batches", type=at_least(1), metavar="N", help="use the first N batches (default: all)")
+    sub.add_argument("--reduce", choices=["mean", "rank"], help="the paper's mean (default), or learned rank-r scans")
+    sub.add_argument("--rank", type=rank, metavar="R", help="channels per direction of --reduce rank: a number (4) or auto")
+    sub.add_argument("--energy", type=float, metavar="X", help="share of a scan that --rank auto must explain (0.9)")
 
 
 def _source(sub: argparse.ArgumentParser) -> None:
@@ -153,6 +156,10 @@ def _choice(sub: argparse.ArgumentParser, required: bool) -> None:
     choice.add_argument("--max-drop", type=float, metavar="X", help="replace sites up to this sum of impacts")
     choice.add_argument("--sites", action="append", metavar="GLOB", help="replace these sites (repeatable)")
     sub.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="keep these sites (repeatable)")
+    text = "fit new weights to the layers behind replaced sites, or to all later layers that write into the stream"
+    sub.add_argument("--refit", choices=["sites", "all"], help=text)
+    text = "with --plan: calibration data, where --refit or a plan of rank-r scans needs them"
+    sub.add_argument("--calibration", type=DataSpec.parse, metavar="DATA", help=text)
 
 
 def _target(sub: argparse.ArgumentParser) -> None:

@@ -29,6 +29,11 @@ class CommandError(VMeanbaError):
     """Something the command line named that cannot be used."""
 
 
+def rank(text: str) -> int | str:
+    """An argparse type: ``auto`` or a whole number of at least 1."""
+    return text if text == "auto" else at_least(1)(text)
+
+
 def at_least(low: int) -> Callable[[str], int]:
     """An argparse type: a whole number not below ``low``."""
 

@@ -63,32 +63,40 @@ def apply(args: argparse.Namespace) -> Outcome:
     choice = {"k": args.k, "max_drop": args.max_drop, "sites": args.sites, "exclude": args.exclude}
     if all(choice[name] is None for name in ("k", "max_drop", "sites")):
         choice["k"] = 0
+    refit = {None: False, "sites": True, "all": "all"}[args.refit]
     if args.plan is not None:
         _refuse_scoring_options(args)
         plan = Plan.load(args.plan)
-        gm = plan.apply(model=model, **choice)
+        loader = None if args.calibration is None else _loader(args, args.calibration, model)
+        gm = plan.apply(model=model, calib_loader=loader, refit=refit, **choice)
     else:
         plan = _calibrate(args, model, score_sites=choice["sites"] is None and choice["k"] != 0)
-        gm = plan.apply(**choice)
+        gm = plan.apply(refit=refit, **choice)
     found = report(gm)
     written = export(gm, None, args.out, args.format)
     return Outcome(f"{found}\n{written}", written.to_dict() | {"report": found.to_dict()})
 
 
 def _calibrate(args: argparse.Namespace, model: nn.Module, **options: Any) -> Plan:
-    loader = args.data.loader(batch=args.batch, size=args.size, seed=args.seed, batches=args.batches, like=model)
     return calibrate(
         model,
-        loader,
+        _loader(args, args.data, model),
         metric=args.metric,
         mean=args.mean or "direction",
+        reduce=args.reduce or "mean",
+        rank=args.rank,
+        energy=args.energy,
         max_batches=args.batches,
         seed=args.seed,
         **options,
     )
 
 
+def _loader(args: argparse.Namespace, data: Any, model: nn.Module) -> Any:
+    return data.loader(batch=args.batch, size=args.size, seed=args.seed, batches=args.batches, like=model)
+
+
 def _refuse_scoring_options(args: argparse.Namespace) -> None:
-    for name in ("metric", "mean", "batches", "size"):
+    for name in ("metric", "mean", "reduce", "rank", "energy", "batches", "size"):
         if getattr(args, name) is not None:
             raise CommandError(f"--{name} belongs to scoring and has no effect on a plan that is already there")
