@@ -93,7 +93,7 @@ def run(args) -> None:
         calibration, _ = task.load(args.data, True, 16 if args.quick else 64, 0, args.device)
         images, _ = task.load(args.data, False, 4 if args.quick else 500, 0, args.device)
         n = len(vmeanba_fx.find_sites(vmeanba_fx.capture(task.model("cpu"), (calibration[:2].cpu(),)), probe=False))
-        ks = [0, n] if args.quick else [k for k in (0, 1, 3, 5, 7, 10, 14, 20) if k < n] + [n]
+        ks = [0, n] if args.quick else [k for k in (0, 5, 7, 14) if k < n] + [n]
         rows = measure(task.name, task.model(args.device), calibration, images, ks)
         write_csv(args.out / "frontier" / f"{task.name}.csv", rows)
     if args.full_size:
