@@ -14,12 +14,14 @@ from curves import cell, collected
 ABSOLUTE = [("v05", {5: 0.15, 7: 0.25, 10: 1.0}), ("v0", {7: 0.2, 10: 0.4})]
 RELATIVE = ("deep", "segmentation", "segmentation_scans")
 SCANS = ("scan_v05_digits", "scan_v0_digits", "scan_v05_fashion", "scan_v0_fashion")
-SHOWN = ("rank4_refit", "rank16_refit")  # fixed beforehand: choosing by these numbers would be choosing on the test split
+# Fixed beforehand: a choice by these numbers would be one on the test split.
+SHOWN = ("rank4_refit", "rank16_refit", "rank16_refit_all")
 
 
 def line(task: str, k: int, limit: float, name: str, values: list[float], mean: list[float] | None) -> list[str]:
     reached = statistics.fmean(values)
-    verdict = "yes" if reached <= limit + 1e-9 else "no"
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    verdict = "yes" if reached <= limit else "no, by less than the spread" if reached - spread <= limit else "no"
     return [TASKS[task].title, f"{k}", cell(mean), f"{limit:.2f}", cell(values), SHORT[name], verdict]
 
 

@@ -2,8 +2,8 @@
 
     python examples/paper/reductions.py --device cuda
 
-All of them scan r channels W u with the shared step and decay and give V times the result to all channels; they differ in
-W and V. "Fitted" means that V comes from least squares on calibration images. No refits; the same sites for all.
+All of them scan r channels W u with a shared step and decay (the weighted means of rank r) and give V times the result to
+all channels; they differ in W and V. "Fitted" means that V comes from least squares on calibration images. No refits; the same sites for all.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Grams:
     ZZ: Tensor
     ZY: Tensor
     YY: Tensor
+    weights: Tensor
     rows: int = 0
 
     def readout(self, W: Tensor) -> Tensor:
@@ -50,20 +51,23 @@ class Grams:
 def grams(study: Study) -> dict[str, Grams]:
     """For every site, from the calibration images."""
     found: dict[str, Grams] = {}
+    fits = study.plan(VARIANTS["rank1"]).fits
 
     def see(name: str, a: dict[str, Any] | None, y: Tensor) -> None:
         if a is None:
             return
         groups = a["B"].shape[1]
         u, delta = (a[key].float().unflatten(1, (groups, -1)) for key in ("u", "delta"))
-        bias = 0.0 if a["delta_bias"] is None else a["delta_bias"].float().view(groups, -1).mean(1)[:, None]
-        A = a["A"].float().unflatten(0, (groups, -1)).mean(1)
-        z = ops.shared_scan(u, delta.mean(2) + bias, A, a["B"].float(), a["C"].float(), None, a["delta_softplus"])
+        w = fits[name].weights.to(u)  # (K, D)
+        bias = 0.0 if a["delta_bias"] is None else (w * a["delta_bias"].float().view(groups, -1)).sum(1)[:, None]
+        step = (delta * w[:, :, None]).sum(2) + bias
+        A = (a["A"].float().unflatten(0, (groups, -1)) * w[:, :, None]).sum(1)
+        z = ops.shared_scan(u, step, A, a["B"].float(), a["C"].float(), None, a["delta_softplus"])
         Z, Y = (t.double().permute(1, 0, 3, 2).flatten(1, 2) for t in (z, y.unflatten(1, (groups, -1))))
-        new = Grams(Z.mT @ Z, Z.mT @ Y, Y.mT @ Y, Z.shape[1])
+        new = Grams(Z.mT @ Z, Z.mT @ Y, Y.mT @ Y, fits[name].weights, Z.shape[1])
         old = found.get(name)
         found[name] = new if old is None else Grams(
-            old.ZZ + new.ZZ, old.ZY + new.ZY, old.YY + new.YY, old.rows + new.rows
+            old.ZZ + new.ZZ, old.ZY + new.ZY, old.YY + new.YY, old.weights, old.rows + new.rows
         )  # fmt: skip
 
     with torch.inference_mode():
@@ -159,7 +163,7 @@ def rows_of(study: Study, quick: bool) -> list[dict[str, Any]]:
             fits = {}
             for name, g in of_site.items():
                 W, V = make(g, r, 0)
-                fits[name] = RankFit(W, V, None, None, g.explained(W, V), g.rows)
+                fits[name] = RankFit(W, V, g.weights, None, None, g.explained(W, V), g.rows)
             add(way, r, fits, lambda names, fits=fits: rewritten(fits, names))
     for r in (1,) if quick else (1, 4, 16):
         plan = study.plan(VARIANTS[f"rank{r}"])
