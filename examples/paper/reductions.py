@@ -3,7 +3,8 @@
     python examples/paper/reductions.py --device cuda
 
 All of them scan r channels W u with a shared step and decay (the weighted means of rank r) and give V times the result to
-all channels; they differ in W and V. "Fitted" means that V comes from least squares on calibration images. No refits; the same sites for all.
+all channels; they differ in W and V. "Fitted" means that V comes from least squares on calibration images. No refits; the
+same sites for all.
 """
 
 from __future__ import annotations
