@@ -127,23 +127,32 @@ def run_region(region: Region, seed: Tensor, generator: torch.Generator) -> dict
 def _outside(node: fx.Node, generator: torch.Generator) -> Any:
     held = value(node)
     if isinstance(held, Tensor):
+        # Integers are positions: where they come from the graph's own tables, those decide what goes where.
         if not held.dtype.is_floating_point:
-            constant = _constant(node)
-            return constant if constant is not None else torch.zeros(concrete_shape(node), dtype=held.dtype)
+            return _constant(node)
         return torch.randn(concrete_shape(node), dtype=torch.float64, generator=generator)
     if isinstance(held, torch.SymInt):
         return held.node.hint
     return held
 
 
-def _constant(node: fx.Node) -> Tensor | None:
-    owner = node.graph.owning_module
-    if node.op != "get_attr" or owner is None:
-        return None
-    found: Any = owner
-    for part in str(node.target).split("."):
-        found = getattr(found, part)
-    return found.cpu() if isinstance(found, Tensor) else None
+def _constant(node: fx.Node) -> Any:
+    """An integer tensor of the graph's own: an attribute, or what is made of attributes alone."""
+    if node.op == "get_attr" and node.graph.owning_module is not None:
+        found: Any = node.graph.owning_module
+        for part in str(node.target).split("."):
+            found = getattr(found, part)
+        return found.cpu()
+    if node.op != "call_function":
+        raise RuntimeError(f"it reads positions from {node.name}, which depends on the input")
+    args, kwargs = pytree.tree_map_only(fx.Node, _constant_argument, (node.args, dict(node.kwargs)))
+    made = node.target(*args, **kwargs)
+    return made.cpu() if isinstance(made, Tensor) else made
+
+
+def _constant_argument(node: fx.Node) -> Any:
+    held = value(node)
+    return held.node.hint if isinstance(held, torch.SymInt) else _constant(node)
 
 
 def is_annihilated(start: fx.Node, groups: int) -> tuple[bool, str]:
