@@ -9,10 +9,10 @@ After::
 
     out = aten.linear(n, weight + change, bias)
 
-``change`` and ``bias`` come from :func:`vmeanba_fx.fitting.refit_linear`. What lies between the scan and the layer does not
-matter (norms, gates, depthwise convolutions), as long as the scan reaches the rest of the model through that layer only.
-Where no such linear layer follows, scale and bias of the first LayerNorm that all of the scan flows through are refitted
-instead, each channel by itself. :func:`find_readout` finds the layer, or says why there is none.
+``change`` and ``bias`` come from :func:`vmeanba_fx.fitting.refit_linear`. Norms, gates or depthwise convolutions
+may lie between the scan and the layer, as long as the scan reaches the rest of the model through that layer only. Where no
+such layer follows, scale and bias of the first LayerNorm that all of the scan flows through are refitted, each channel by
+itself. :func:`find_readout` finds the layer, or says why there is none.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from vmeanba_fx.passes import RankFit, rank_scan
 from vmeanba_fx.passes.mean_scan import mean_scan_tensors
-from vmeanba_fx.passes.rank_scan import RANK, rank_scan_tensors
+from vmeanba_fx.passes.rank_scan import RANK
 
 import vmeanba_fx
 from tests import zoo
@@ -17,6 +17,7 @@ from vmeanba_fx.data import accuracy, load_digits_images, make_loader
 from vmeanba_fx.fitting_sites import fit_sites
 from vmeanba_fx.graph import copy_graph
 from vmeanba_fx.models import vmamba_digits
+from vmeanba_fx.rank_block import rank_scan_tensors
 from vmeanba_fx.reduction import Reduction
 from vmeanba_fx.sites import find_sites
 

@@ -70,7 +70,8 @@ def calibrate(
             accuracy (with gradients, loss) where there are labels and kl where there are none.
         mean: variant of the replacement that is scored, see :mod:`vmeanba_fx.passes.mean_scan`.
         reduce: ``"mean"``, the paper's block, or ``"rank"``: scans of ``rank`` channels per direction with projections
-            fitted to the data, see :mod:`vmeanba_fx.passes.rank_scan`. One more pass over the loader.
+            fitted to the data, see :mod:`vmeanba_fx.passes.rank_scan`. Three more passes over the loader, whatever the
+            number of sites. Scores are of the fitted site without refitted layers.
         rank: channels per direction (4), or ``"auto"``: the least of 1, 2, 4, 8, 16 that explains ``energy`` of a scan.
         energy: share of the scan's energy for ``rank="auto"`` (0.9).
         score: ``"measured"`` runs the model once per site and batch. ``"gradient"`` estimates all impacts from a few

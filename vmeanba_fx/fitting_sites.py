@@ -27,7 +27,7 @@ from .fitting import Layout, LowRank, Sums, auto_rank, fit_low_rank
 from .graph import SITE, scan_nodes, value
 from .ops.directions import inverse_table
 from .passes.mean_scan import group_shape, scan_arguments
-from .passes.rank_scan import RankFit, call, shared_step
+from .rank_block import RankFit, call, shared_step
 from .reduction import Reduction
 from .sites import Site, SiteList, skip_product
 

@@ -11,7 +11,8 @@ from .errors import CalibrationError
 from .execute import Computed
 from .graph import SITE, copy_graph, graph_modules, read_attribute, scan_nodes
 from .passes.mean_scan import Mean, mean_scan, mean_scan_tensors, scan_arguments
-from .passes.rank_scan import RankFit, rank_scan, rank_scan_tensors
+from .passes.rank_scan import rank_scan
+from .rank_block import RankFit, rank_scan_tensors
 from .sites import Site
 
 
