@@ -49,7 +49,8 @@ ONE += [
     (16, 192, 128, 128, 16),
 ]
 ONE += [(128, 0, 128, 128, 1), (512, 0, 56, 56, 1), (1, 128, 56, 56, 1), (1, 192, 56, 56, 16)]
-RANKS = [((128, 0, 56, 56, 1), rank) for rank in (2, 4, 8, 16)] + [((128, 0, 14, 14, 1), 4), ((128, 0, 56, 56, 16), 4)]
+RANKS = [((128, 0, 56, 56, 1), rank) for rank in (1, 2, 4, 8, 16)]
+RANKS += [((128, 0, 28, 28, 1), 4), ((128, 0, 14, 14, 1), 4), ((128, 0, 7, 7, 1), 4), ((128, 0, 56, 56, 16), 4)]
 DIRECTIONS = [0, 1, 2, 3]
 K = len(DIRECTIONS)
 
@@ -100,7 +101,7 @@ def one_reference(u, delta, A, B, C, bias):
     table = direction_table(DIRECTIONS, *u.shape[-2:]).to(u.device)
     out = torch.zeros(u[:, 0].shape, dtype=torch.float64, device=u.device).flatten(2)
     for k in range(K):
-        delta_k, u_k, B_k, C_k = (t.flatten(-2)[..., table[k]] for t in (delta[:, k], u[:, 0], B[:, k], C[:, k]))
+        delta_k, u_k, B_k, C_k = (t.flatten(-2)[..., table[k]] for t in (delta[:, k], u[:, k % u.shape[1]], B[:, k], C[:, k]))
         delta_k, A_k, bias_k = delta_k[:, None].expand_as(u_k), A[k].expand(rank, -1), bias[k].expand(rank)
         out.index_add_(2, table[k], full_reference(u_k, delta_k, A_k, B_k[:, None], C_k[:, None], bias_k))
     return out.view(u[:, 0].shape)
@@ -160,12 +161,16 @@ def full_inputs(batch, D, length, states, dtype):
     )
 
 
-def one_inputs(batch, height, width, states, dtype, rank=1):
-    features = torch.randn(batch, rank + K * (1 + 2 * states), height * width, device="cuda", dtype=dtype)
-    features = features.unflatten(-1, (height, width))  # one projection's output: u, then (delta, B, C) per direction
-    delta, B, C = features[:, rank:].unflatten(1, (K, -1)).split([1, states, states], 2)
+def one_inputs(batch, height, width, states, dtype, rank=1, own=False):
+    """Views of one projection's output: u and, per direction, (delta, B, C); or with `own` (u, delta, B, C) per direction."""
+    each, shared = 1 + 2 * states + own * rank, rank * (not own)
+    features = torch.randn(batch, shared + K * each, height * width, device="cuda", dtype=dtype)
+    features = features.unflatten(-1, (height, width))
+    parts = features[:, shared:].unflatten(1, (K, each))
+    u = parts[:, :, :rank] if own else features[:, None, :rank]
+    delta, B, C = parts[:, :, own * rank :].split([1, states, states], 2)
     A, bias = -torch.rand(K, states, device="cuda") - 0.1, torch.randn(K, device="cuda") - 2
-    return features[:, None, :rank], delta.squeeze(2), A, B, C, bias
+    return u, delta.squeeze(2), A, B, C, bias
 
 
 def run_full(inputs):
@@ -173,9 +178,9 @@ def run_full(inputs):
     return ops.selective_scan(u, delta, A, B, C, None, None, bias, True, torch.float32)
 
 
-def run_one(inputs):
+def run_one(inputs, merge=True):
     u, delta, A, B, C, bias = inputs
-    return ops.shared_scan2d(u, delta, A, B, C, bias, DIRECTIONS, None, True, True, torch.float32)
+    return ops.shared_scan2d(u, delta, A, B, C, bias, DIRECTIONS, None, True, merge, torch.float32)
 
 
 def size(*tensors) -> int:
@@ -250,24 +255,32 @@ class Bench:
             )
         self.add("selective_scan_backward", shape, moved, time_us, official)
 
-    def one(self, shape, rank=1):
-        """The merged one-channel scan; the official kernel runs the full scan with D channels (D = 0: not compared)."""
+    def one(self, shape, rank=1, merge=True):
+        """The one-channel or rank-r scan; the official kernel runs the full scan with D channels (D = 0: not compared).
+
+        Without `merge` every direction has its own u and output, as `fuse_shared` emits it.
+        """
         batch, D, height, width, states = shape
-        inputs = one_inputs(batch, height, width, states, self.dtype, rank)
-        out = run_one(inputs)
+
+        def make():
+            return one_inputs(batch, height, width, states, self.dtype, rank, own=not merge)
+
+        inputs = make()
+        out = run_one(inputs, merge)
         u, delta, A, B, C, bias = inputs
         for b in {0, batch - 1}:
             part = [t[b : b + 1] for t in (u, delta)] + [A] + [t[b : b + 1] for t in (B, C)]
-            check(f"shared_scan2d {shape}", out[b : b + 1], one_reference(*part, bias), TOLERANCE[self.dtype])
+            merged = out[b : b + 1] if merge else out[b : b + 1].sum(1)
+            check(f"shared_scan2d {shape} rank {rank}", merged, one_reference(*part, bias), TOLERANCE[self.dtype])
         moved = size(*inputs, out)
-        copies = sets_for(moved, lambda: one_inputs(batch, height, width, states, self.dtype, rank))
-        time_us = graph_time([lambda i=i: run_one(i) for i in copies])
+        copies = sets_for(moved, make)
+        time_us = graph_time([lambda i=i: run_one(i, merge) for i in copies])
         del copies
         official = None
         if self.official and D:
             full = full_inputs(batch, D, height * width, states, self.dtype)
             official = graph_time([lambda: self.official_full(full)])
-        self.add("shared_scan2d (merged)", shape, moved, time_us, official, rank)
+        self.add("shared_scan2d (merged)" if merge else "shared_scan2d", shape, moved, time_us, official, rank)
 
     def tail(self, shape):
         batch, D, height, width, _ = shape
@@ -379,7 +392,7 @@ def main() -> int:
         for shape in ONE:
             bench.one(shape)
         for shape, rank in RANKS:
-            bench.one(shape, rank)
+            bench.one(shape, rank, merge=False)
         for shape in FULL[1:3]:
             bench.tail(shape)
     except Failed as failure:

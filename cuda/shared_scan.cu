@@ -6,11 +6,11 @@
 // over it in its own order (see vmeanba_fx/ops/directions.py, or an index table); y goes back to spatial order.
 //
 // There are few scans (batch x K), so a whole block works on one batch item. A team of TEAM_THREADS threads takes one direction
-// at a time, each thread ITEMS consecutive steps of a tile of at most TILE steps. All of a tile's inputs go through shared memory:
-// cp.async fetches them in spatial order, coalesced and STAGES steps ahead (one step: one direction, tile and state); threads
-// read them in scan order. Rows of 8 map lines are skewed by 8 elements there, which spreads a column over the banks.
-// One barrier per step: before it a thread has scanned its own ITEMS from a zero state, after it the state that enters is known
-// and its share, C_t * (a_1 ... a_t) * h_in, is added.
+// at a time, each thread ITEMS consecutive steps of a tile. All of a tile's inputs go through shared memory: they are fetched in
+// spatial order, coalesced and STAGES steps ahead (one step: one direction, tile and PAIR states); threads read them in scan
+// order. Rows of 8 map lines are skewed by 8 elements there, which spreads a column over the banks. See shared_scan_copies.cuh.
+// One barrier per step: before it a thread has scanned its own ITEMS from a zero state, after it the state that enters is known.
+// Then the thread scans them again (RESCAN), or adds the state's share, C_t * (a_1 ... a_t) * h_in, which takes fewer registers.
 //
 // With MERGE y is summed over directions in shared memory, each team in its own buffer, and teams are added in a fixed order:
 // deterministic. Without it a block works on one direction (and NSTATE of the states) and writes each tile as it comes.
@@ -18,9 +18,11 @@
 // Index arithmetic would cost more than the scan itself: with BAKED the sizes are constants (HEIGHT, WIDTH, GROUPS, ROWS_TILE,
 // COLUMNS_TILE, SKEW, SUM_CAP, DIRECTIONS), otherwise they are read from Params.
 //
-// Macros: BAKED; U_TYPE, DELTA_TYPE, B_TYPE, C_TYPE, OUT_TYPE (LINEAR: DELTA_TYPE is a, B_TYPE is b, U_TYPE unused); LINEAR; NSTATE
-// states per block; RANK channels per block; TEAM_THREADS, TEAMS, ITEMS (8 or 16), STAGES (>= 2); CAP: elements of a tile with
-// its skew; COPY: bytes per cp.async, 0 for any strides; SOFTPLUS; MERGE; TABLE: order given as an index table.
+// Macros: BAKED; U_TYPE, DELTA_TYPE, B_TYPE, C_TYPE, OUT_TYPE (LINEAR: DELTA_TYPE is a, B_TYPE is b, U_TYPE unused); LINEAR;
+// NSTATE states per block; RANK channels per block; TEAM_THREADS, TEAMS, ITEMS (8 or 16); STAGES, 1 only with BULK; PAIR states
+// per step; RESCAN; CAP: elements of a tile with its skew; COPY: bytes per cp.async, 0 for any strides; BULK: bulk copies; LOOPS: a
+// team has more steps than stages (with BULK it then has a warp more, which fetches); SOFTPLUS; MERGE; TABLE: order given as an
+// index table.
 #include "common.cuh"
 
 struct Params {
@@ -76,9 +78,11 @@ struct Params {
 #define STATE_BYTES (CAP * (Element<B_TYPE>::bytes + Element<C_TYPE>::bytes))
 #endif
 #define STAGE_BYTES (PAIR * STATE_BYTES)
+#define TEAM_BYTES (STAGES * STAGE_BYTES + FRONT_SLOTS * FRONT_BYTES)
 
 #include "shared_scan_parts.cuh"
 #include "shared_scan_copies.cuh"
+#include "shared_scan_ends.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) char shared[];
@@ -102,31 +106,31 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
     const int n0 = (blockIdx.z % (int)p.parts) * NSTATE, k_first = blockIdx.z / (int)p.parts;
     const int k_step = GROUPS_OF, k_end = k_first + 1;
 #endif
-    float *decays = (float *)(shared + TEAMS * (STAGES * STAGE_BYTES + FRONT_SLOTS * FRONT_BYTES) + TEAMS * RANK * SIZE(SUM_CAP, sum_cap) * 4);
-    const int k_base = MERGE ? 0 : k_first;
-    char *stages = shared + team * (STAGES * STAGE_BYTES + FRONT_SLOTS * FRONT_BYTES);
-    char *fronts = stages + STAGES * STAGE_BYTES;
-    const int sum_cap = SIZE(SUM_CAP, sum_cap);
-    float *sums = (float *)(shared + TEAMS * (STAGES * STAGE_BYTES + FRONT_SLOTS * FRONT_BYTES)) + team * RANK * sum_cap;
+    const int k_base = MERGE ? 0 : k_first, sum_cap = SIZE(SUM_CAP, sum_cap);
+    char *stages = shared + team * TEAM_BYTES, *fronts = stages + STAGES * STAGE_BYTES;
+    float *const all_sums = (float *)(shared + TEAMS * TEAM_BYTES), *const sums = all_sums + team * RANK * sum_cap;
+    float *const decays = all_sums + TEAMS * RANK * sum_cap;
 
     Cursor now = {k_first, 0, 0, 0, 0};
     Cursor ahead = now;
 
-    uint_t arrival = 0;  // of the first stage; the others follow, 8 bytes apart
+    uint_t arrival = 0;  // of the first stage; those of other stages and teams follow, 8 bytes apart
 #if BULK
-    arrival = (uint_t)__cvta_generic_to_shared(arrivals[team]);
-    if (thread < STAGES) arrival_init(arrival + 8 * thread);
+    arrival = (uint_t)__cvta_generic_to_shared(arrivals[0]);
+    if (thread < STAGES) arrival_init(arrival + 8 * (team * STAGES + thread));
     __syncthreads();
 #endif
 
-    // With BULK, before the loop each array of a step is fetched by another warp of the team; in the loop, by the producer.
-    auto issue = [&](bool all) {
+    // The next step of team `of`. With BULK, before the loop each array is fetched by another warp; in the loop (`all`), by the
+    // producer.
+    auto issue = [&](int of, bool all) {
         if (ahead.k < k_end) {
             const Tile tile = tile_at(p, ahead.code(p), ahead.tile);
             const int64 k = ahead.k;
-            char *to = stages + ahead.step % STAGES * STAGE_BYTES;
-            const uint_t barrier = arrival + 8 * (ahead.step % STAGES);
+            char *const first = shared + of * TEAM_BYTES, *to = first + ahead.step % STAGES * STAGE_BYTES;
+            const uint_t barrier = arrival + 8 * (of * STAGES + ahead.step % STAGES);
             int turn = 0;
+            auto who = [&]() { return all ? warp : turn++ % TEAM_WARPS; };
             if (BULK && (all ? lane == 0 : thread == 0))
                 arrival_expect(barrier, tile.count * ((STAGE_BYTES + (ahead.n == 0 ? FRONT_BYTES : 0)) / CAP));
 #pragma unroll
@@ -134,33 +138,33 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
                 const int64 n = n0 + ahead.n + m;
 #if LINEAR
                 fetch<DELTA_TYPE>(to, p.delta + (b * p.delta_b + k * p.delta_k + n * p.delta_n) * Element<DELTA_TYPE>::bytes,
-                                  p.delta_h, p.delta_w, tile, p, thread, all ? warp : turn++ % TEAM_WARPS, barrier);
+                                  p.delta_h, p.delta_w, tile, p, thread, who(), barrier);
                 to += CAP * Element<DELTA_TYPE>::bytes;
 #pragma unroll
                 for (int r = 0; r < RANK; ++r) {
                     const int64 from = b * p.B_b + k * p.B_k + min(r0 + r, (int)p.rank - 1) * p.B_r + n * p.B_n;
-                    fetch<B_TYPE>(to, p.B + from * Element<B_TYPE>::bytes, p.B_h, p.B_w, tile, p, thread, all ? warp : turn++ % TEAM_WARPS, barrier);
+                    fetch<B_TYPE>(to, p.B + from * Element<B_TYPE>::bytes, p.B_h, p.B_w, tile, p, thread, who(), barrier);
                     to += CAP * Element<B_TYPE>::bytes;
                 }
 #else
                 const int64 from = b * p.B_b + k * p.B_k + n * p.B_n;
-                fetch<B_TYPE>(to, p.B + from * Element<B_TYPE>::bytes, p.B_h, p.B_w, tile, p, thread, all ? warp : turn++ % TEAM_WARPS, barrier);
+                fetch<B_TYPE>(to, p.B + from * Element<B_TYPE>::bytes, p.B_h, p.B_w, tile, p, thread, who(), barrier);
                 to += CAP * Element<B_TYPE>::bytes;
 #endif
                 fetch<C_TYPE>(to, p.C + (b * p.C_b + k * p.C_k + n * p.C_n) * Element<C_TYPE>::bytes, p.C_h, p.C_w, tile, p,
-                              thread, all ? warp : turn++ % TEAM_WARPS, barrier);
+                              thread, who(), barrier);
                 to += CAP * Element<C_TYPE>::bytes;
             }
 #if !LINEAR
             if (ahead.n == 0) {
-                to = fronts + ahead.front % FRONT_SLOTS * FRONT_BYTES;
+                to = first + STAGES * STAGE_BYTES + ahead.front % FRONT_SLOTS * FRONT_BYTES;
                 fetch<DELTA_TYPE>(to, p.delta + (b * p.delta_b + k * p.delta_k) * Element<DELTA_TYPE>::bytes, p.delta_h,
-                                  p.delta_w, tile, p, thread, all ? warp : turn++ % TEAM_WARPS, barrier);
+                                  p.delta_w, tile, p, thread, who(), barrier);
                 to += CAP * Element<DELTA_TYPE>::bytes;
 #pragma unroll
                 for (int r = 0; r < RANK; ++r) {
                     const int64 from = b * p.u_b + k * p.u_k + min(r0 + r, (int)p.rank - 1) * p.u_r;
-                    fetch<U_TYPE>(to, p.u + from * Element<U_TYPE>::bytes, p.u_h, p.u_w, tile, p, thread, all ? warp : turn++ % TEAM_WARPS, barrier);
+                    fetch<U_TYPE>(to, p.u + from * Element<U_TYPE>::bytes, p.u_h, p.u_w, tile, p, thread, who(), barrier);
                     to += CAP * Element<U_TYPE>::bytes;
                 }
             }
@@ -170,8 +174,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
         if (!BULK) commit();
     };
 
+#if STAGES == 1
+    // One step a team: all are fetched by the first team's warps, so that teams can begin one after the other.
+#pragma unroll 1
+    for (int of = 0; team == 0 && of < TEAMS; ++of) {
+        ahead = {MERGE ? of : k_first, 0, 0, 0, 0};
+        issue(of, false);
+    }
+#else
 #pragma unroll
-    for (int s = 0; s < STAGES; ++s) issue(false);
+    for (int s = 0; s < STAGES; ++s) issue(team, false);
+#endif
 #if !LINEAR
     // A and the bias in base 2, per direction of this block: loads that every step would wait for.
 #pragma unroll 1
@@ -189,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
 #pragma unroll 1
         for (; now.k < k_end; now.advance(p, k_step)) {
             team_barrier(team);
-            issue(true);
+            issue(team, true);
             if (!MERGE && now.n == NSTATE - PAIR) team_barrier(team);
         }
     }
@@ -200,12 +213,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
 #if !LINEAR
     float dt[ITEMS], dtu[RANK][ITEMS];  // dt in base 2: times log2(e)
 #endif
-#if SUMS
-    float spans[6], before_thread, gap = 0.f, before_warp = 0.f;
-#endif
+    Entry entry;
 #pragma unroll 1
     while (now.k < k_end) {
-        if (BULK) arrival_wait(arrival + 8 * (now.step % STAGES), now.step / STAGES & 1);
+        if (BULK) arrival_wait(arrival + 8 * (team * STAGES + now.step % STAGES), now.step / STAGES & 1);
         if (now.n == 0) {
             const Tile tile = tile_at(p, now.code(p), now.tile);
             count = tile.count;
@@ -236,17 +247,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
             }
 #endif
 #if SUMS
-            spans[0] = 0.f;
-#pragma unroll
-            for (int i = 0; i < ITEMS; ++i) spans[0] += dt[i];
-#pragma unroll
-            for (int j = 0; j < 5; ++j) {
-                const float before = __shfl_up_sync(FULL, spans[j], 1 << j);
-                spans[j + 1] = lane >= 1 << j ? spans[j] + before : spans[j];
-            }
-            before_thread = __shfl_up_sync(FULL, spans[5], 1);
-            if (lane == 0) before_thread = 0.f;
-            if (lane == 31) totals[team][now.front & 1][warp] = spans[5];
+            entry.spans_of(dt, lane);
+            if (lane == 31) totals[team][now.front & 1][warp] = entry.spans[5];
 #endif
         }
 
@@ -298,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
 #pragma unroll
             for (int m = 0; m < PAIR; ++m) {
 #if SUMS
-                const float factor = exp2_fast(spans[j] * decay[m]);
+                const float factor = exp2_fast(entry.spans[j] * decay[m]);
 #else
                 const float factor = product[m], before = __shfl_up_sync(FULL, factor, o);
                 if (lane >= o) product[m] *= before;
@@ -314,80 +316,34 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
         if (lane == 31) {
 #pragma unroll
             for (int m = 0; m < PAIR; ++m) {
+                if (!SUMS) shares[m][RANK - SUMS][warp] = product[m];
 #pragma unroll
                 for (int r = 0; r < RANK; ++r) shares[m][r][warp] = h[m][r];
-#if !SUMS
-                shares[m][RANK][warp] = product[m];
-#endif
             }
         }
-        if (!BULK) wait<STAGES - 2>();
+        if (!BULK) wait<STAGES < 2 ? 0 : STAGES - 2>();
         team_barrier(team);  // aggregates are there, this stage has been read, and without BULK the next one has arrived
-        if (!BULK) issue(true);
+        if (!BULK) issue(team, true);
 
         // The state before this thread: what other warps and the last tile's carry leave, then what lower lanes leave.
-        const int slot = lane % WARP_SLOTS, w = min(slot, TEAM_WARPS - 1);
         const bool more = !ONE_TILE && now.tile + 1 < now.tiles(p);
 #if SUMS
-        if (now.n == 0) {
-            // Sums of dt from the end of each earlier warp (one lane each) to the start of this one.
-            float sum = slot < warp ? totals[team][now.front & 1][w] : 0.f;
-#pragma unroll
-            for (int o = 1; o < WARP_SLOTS; o *= 2) {
-                const float after = __shfl_down_sync(FULL, sum, o, WARP_SLOTS);
-                if (slot + o < WARP_SLOTS) sum += after;
-            }
-            before_warp = __shfl_sync(FULL, sum, 0);
-            gap = __shfl_down_sync(FULL, sum, 1, WARP_SLOTS);
-            if (slot == WARP_SLOTS - 1) gap = 0.f;
-        }
+        if (now.n == 0) entry.gaps(totals[team][now.front & 1], lane, warp);
 #endif
 #pragma unroll
         for (int m = 0; m < PAIR; ++m) {
-#if SUMS
-            const float fade = exp2_fast(gap * decay[m]), entering = exp2_fast(before_thread * decay[m]);
-            const float whole = ONE_TILE ? 0.f : exp2_fast(before_warp * decay[m]);
-#else
-            float warp_product = shares[m][RANK][w];
-            float entering = __shfl_up_sync(FULL, product[m], 1);
-            if (lane == 0) entering = 1.f;
-            float factors[5];
-#pragma unroll
-            for (int o = 1, j = 0; o < TEAM_WARPS; o *= 2, ++j) {
-                const float before = __shfl_up_sync(FULL, warp_product, o);
-                factors[j] = warp_product;
-                if (lane >= o) warp_product *= before;
-            }
-            float whole = __shfl_sync(FULL, warp_product, max(warp - 1, 0));
-            if (warp == 0) whole = 1.f;
-#endif
+            entry.factors(decay[m], product[m], shares[m][RANK - SUMS], lane, warp);
 #pragma unroll
             for (int r = 0; r < RANK; ++r) {
-                const float carried = !ONE_TILE && now.tile ? carry[team][now.tile & 1][now.n + m][r] : 0.f;
-                float state = shares[m][r][w];
-#if SUMS
-                state = slot < warp ? state * fade : 0.f;
-#pragma unroll
-                for (int o = 1; o < WARP_SLOTS; o *= 2) state += __shfl_xor_sync(FULL, state, o);
-#else
-#pragma unroll
-                for (int o = 1, j = 0; o < TEAM_WARPS; o *= 2, ++j) {
-                    const float before = __shfl_up_sync(FULL, state, o);
-                    if (lane >= o) state = fmaf(factors[j], before, state);
-                }
-                state = __shfl_sync(FULL, state, max(warp - 1, 0));
-                if (warp == 0) state = 0.f;
-#endif
-                if (!ONE_TILE) state = fmaf(whole, carried, state);
+                float *const carries = carry[team][0][now.n + m] + r;
+                const int next = NSTATE * RANK;  // carries of odd tiles follow those of even ones
+                float state = entry.before_warp(shares[m][r], lane, warp);
+                if (!ONE_TILE && now.tile) state = fmaf(entry.whole, carries[(now.tile & 1) * next], state);
+                if (more && warp == TEAM_WARPS - 1 && lane == 31)
+                    carries[(now.tile + 1 & 1) * next] = fmaf(entry.through, state, h[m][r]);
                 float own_h = __shfl_up_sync(FULL, h[m][r], 1);
                 if (lane == 0) own_h = 0.f;
-                if (more && warp == TEAM_WARPS - 1 && lane == 31)
-#if SUMS
-                    carry[team][(now.tile + 1) & 1][now.n + m][r] = fmaf(exp2_fast(spans[5] * decay[m]), state, h[m][r]);
-#else
-                    carry[team][(now.tile + 1) & 1][now.n + m][r] = fmaf(product[m], state, h[m][r]);
-#endif
-                state = fmaf(entering, state, own_h);
+                state = fmaf(entry.entering, state, own_h);
 #if RESCAN
                 if (steps.down) scan_again<true>(y[r], state, reach[m], a, in[r]);
                 else scan_again<false>(y[r], state, reach[m], a, in[r]);
@@ -399,49 +355,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
         }
 
         if (now.n == NSTATE - PAIR) {
-            // y to its place in spatial order. Sums of the whole map have the map's skew, those of one tile the tile's.
             const Tile tile = tile_at(p, now.code(p), now.tile);
-            auto place = [&](int index) {
-                if (!MERGE || ONE_TILE) return index;
-                const int at = tile.position(index - index / (8 * tile.line + skew) * skew, width);
-                return at + skew * (int)((uint_t)at / (8u * (uint_t)width));
-            };
-            const int line = !MERGE || ONE_TILE ? tile.line : width;
-            const bool add = MERGE && now.k != k_first;
-#pragma unroll
-            for (int r = 0; r < RANK; ++r) {
-                float *sum = sums + r * sum_cap;
-                if (MAYBE_SCATTERED && steps.kind == SCATTERED) {
-#pragma unroll
-                    for (int i = 0; i < ITEMS; ++i) {
-                        if (steps.has(i, thread, count)) put(sum + place(steps.index[i]), y[r][i], add);
-                    }
-                } else {
-#pragma unroll
-                    for (int s = 0; s < ITEMS; s += 8) {
-                        float *to = sum + place(steps.block[s / 8]);
-                        if (!steps.has(s, thread, count)) continue;  // in reverse, blocks are whole: sizes are multiples of 8
-                        if (MAYBE_COLUMNS && steps.kind == COLUMNS) {
-#pragma unroll
-                            for (int i = 0; i < 8; ++i) put(to + i * line, y[r][s + i], add);
-                        } else if (steps.has(s + 7, thread, count)) {
-                            float v[8];
-                            Pack<0, 8> pack;
-                            if (add) pack.load(to);
-                            else pack.zero();
-#pragma unroll
-                            for (int i = 0; i < 8; ++i) v[i] = pack.get(i) + y[r][s + i];
-                            pack.set(v);
-                            pack.store(to);
-                        } else {
-#pragma unroll
-                            for (int i = 0; i < 8; ++i) {
-                                if (steps.has(s + i, thread, count)) put(to + i, y[r][s + i], add);
-                            }
-                        }
-                    }
-                }
-            }
+            place(sums, sum_cap, y, steps, tile, p, thread, now.k != k_first);
 #if !MERGE
             team_barrier(team);
             typedef Element<OUT_TYPE>::type out_type;
@@ -459,13 +374,29 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
     __syncthreads();
     typedef Element<OUT_TYPE>::type out_type;
     const int teams = min(TEAMS, GROUPS_OF);
-    const float *all = (const float *)(shared + TEAMS * (STAGES * STAGE_BYTES + FRONT_SLOTS * FRONT_BYTES));
     for (int r = 0; r < rank; ++r) {
         out_type *out = (out_type *)p.out + ((int64)b * p.rank + r0 + r) * length;
-        for (int q = threadIdx.x; q < length; q += THREADS) {
-            const int place = q + skew * (int)((uint_t)q / (8u * (uint_t)width));
+        auto at = [&](int team, int q) {
+            return all_sums + (team * RANK + r) * sum_cap + q + skew * (int)((uint_t)q / (8u * (uint_t)width));
+        };
+        const int whole = LENGTH_OF % 4 ? 0 : length;  // four at a time, which lie in the same 8 lines
+        for (int q = 4 * threadIdx.x; q < whole; q += 4 * THREADS) {
+            float v[4] = {};
+            for (int other = 0; other < teams; ++other) {
+                Pack<0, 4> pack;
+                pack.load(at(other, q));
+#pragma unroll
+                for (int i = 0; i < 4; ++i) v[i] += pack.get(i);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) v[i] *= OUT_SCALE;
+            Pack<OUT_TYPE, 4> pack;
+            pack.set(v);
+            pack.store(out + q);
+        }
+        for (int q = whole + threadIdx.x; q < length; q += THREADS) {
             float total = 0.f;
-            for (int other = 0; other < teams; ++other) total += all[(other * RANK + r) * sum_cap + place];
+            for (int other = 0; other < teams; ++other) total += *at(other, q);
             Element<OUT_TYPE>::store(out + q, total * OUT_SCALE);
         }
     }

@@ -159,8 +159,6 @@ __device__ __forceinline__ void scan_again(float (&y)[ITEMS], float state, const
     }
 }
 
-__device__ __forceinline__ void put(float *to, float value, bool add) { *to = add ? *to + value : value; }
-
 struct Cursor {
     int k, tile, n, step, front;
 

@@ -89,6 +89,9 @@ def shared_scan2d(
     u (B, 1 or K, R, H, W); delta (B, K, H, W); A (K, N); B, C (B, K, N, H, W); delta_bias (K,).
     `directions`: one code per direction, see `directions.py`; or [] and `order`, an int table (K, L) of positions.
     Returns the sum over directions (B, R, H, W) with `merge`, else (B, K, R, H, W); both in spatial order.
+
+    On CUDA it is fastest where every (H, W) plane is contiguous and starts at a multiple of 16 bytes, as in views of one
+    projection's output (B, features, H*W). Other layouts, channels last among them, are read element by element.
     """
     checks.check_shared_scan2d(u, delta, A, B, C, delta_bias, directions, order, out_dtype)
     return _ops.shared_scan2d.default(

@@ -5,6 +5,9 @@ height 1. A block works on one batch item (and up to 4 of the R channels), with 
 threads and their sum in shared memory. Where there are too few batch items to fill the GPU, or the map is too large for
 that sum, blocks take single directions (or part of the states) and PyTorch adds up their float32 outputs. Both are
 deterministic.
+
+Fastest are arrays whose (H, W) planes are contiguous and start at multiples of 16 bytes, as one projection's output
+(B, features, H*W) has them.
 """
 
 from dataclasses import dataclass
@@ -22,6 +25,7 @@ from .library import LIBRARY
 
 MAX_DIRECTIONS = 16
 _MAX_TILE = 8192
+_MIN_BULK = 2048  # steps of a map from which bulk copies pay
 # Sizes of maps are compiled into the kernel, which makes it much faster. A process that meets more sizes than this gets
 # kernels that take them as arguments for the rest, instead of one compilation each.
 _MAX_BAKED = 48
@@ -266,11 +270,18 @@ def _plan(problem: _Problem, baked: bool, shared_limit: int, multiprocessors: in
         # With many blocks, two per multiprocessor: one computes while the other waits.
         budgets = (shared_limit // 2, shared_limit) if blocks > 2 * multiprocessors else (shared_limit,)
         items = _items(problem.states // parts, problem.length, rank)
+        if merge and problem.states == 1 and rank == 1 and blocks <= 2 * multiprocessors:
+            # All directions at once, each fetched whole: the first are scanned while the last still arrive.
+            plan = _fit(problem, baked, merge, 1, rank, problem.groups, _MAX_TILE, 16, 1, 1, shared_limit)
+            if plan is not None:
+                return plan
         # Whole maps first, then more teams, then more stages.
+        sizes = [(budget, _MAX_TILE) for budget in budgets if problem.length <= _MAX_TILE]
+        sizes += product(budgets, (_MAX_TILE, 4096, 2048, 1024, 512))
         teams_counts = _team_counts(problem, merge, blocks, multiprocessors)
-        for budget, tile, teams, stages in product(
-            budgets, (_MAX_TILE, 4096, 2048, 1024, 512), teams_counts, (4, 3, 2)
-        ):
+        # Other blocks on the same multiprocessor fill the waits as more stages would.
+        depths = (2,) if problem.states == 1 and blocks > 2 * multiprocessors else (4, 3, 2)
+        for (budget, tile), teams, stages in product(sizes, teams_counts, depths):
             plan = _fit(problem, baked, merge, parts, rank, teams, tile, items, stages, 1, budget)
             if plan is not None:
                 return plan
@@ -279,12 +290,13 @@ def _plan(problem: _Problem, baked: bool, shared_limit: int, multiprocessors: in
 
 def _items(states: int, length: int, rank: int) -> int:
     """Steps per thread: sixteen spread the cost of a block-wide scan, eight leave more threads to hide waits."""
-    return 16 if states > 2 and length > 1024 and rank == 1 else 8
+    return 16 if rank == 1 and length > (1024 if states > 2 else 4096) else 8
 
 
 def _team_counts(problem: _Problem, merge: bool, blocks: int, multiprocessors: int) -> tuple[int, ...]:
-    """How many directions a block scans at a time. With blocks to spare, one: other blocks fill the gaps as well."""
-    if not merge or problem.groups == 1:
+    """How many directions a block scans at a time. With blocks to spare, one: other blocks fill the gaps as well. Many ranks
+    and states need many registers."""
+    if not merge or problem.groups == 1 or problem.rank > 2 or (problem.rank > 1 and problem.states > 1):
         return (1,)
     if blocks > 2 * multiprocessors:
         return (1,)
@@ -326,6 +338,14 @@ def _fit(problem, baked, merge, parts, rank, teams, tile, items, stages, pair, s
     if not baked:
         cap = -(-cap // 1024) * 1024
     sum_cap = -(-(length + skew * (height // 8 + 1)) // 8) * 8 if merge else cap
+    # Bulk copies are for long pieces.
+    bulk = problem.bulk and baked and copy == 16 and columns == width and length >= _MIN_BULK
+    tiles = max(-(-length // rows), -(-width // columns))
+    steps = (-(-problem.groups // teams) if merge else 1) * tiles * states // pair
+    stages = min(stages, max(steps, 1 if bulk else 2))
+    loops = steps > stages
+    if (threads + 32 * (bulk and loops)) * teams > 1024 or (stages == 1 and (loops or not bulk)):
+        return None
     size_u, size_delta, size_B, size_C = sizes[:4]
     if problem.linear:
         front, stage = 0, pair * (size_delta + rank * size_B + size_C)
@@ -336,14 +356,8 @@ def _fit(problem, baked, merge, parts, rank, teams, tile, items, stages, pair, s
     fixed = teams * 2 * 4 * (threads // 32 * (pair * rank + pair + 1) + states * rank + stages)
     if shared + fixed > shared_limit - 1024:
         return None
-    # Bulk copies are for pieces much longer than a line of a narrow tile.
-    bulk = problem.bulk and baked and copy == 16 and columns == width
-    tiles = max(-(-length // rows), -(-width // columns))
-    loops = (-(-problem.groups // teams) if merge else 1) * tiles * states > stages * pair
-    if (threads + 32 * (bulk and loops)) * teams > 1024:
-        return None
     return _Plan(
-        *(baked, merge, parts, rank, threads, teams, items, stages, pair, rank == 1 and pair == 1, bulk, loops),
+        *(baked, merge, parts, rank, threads, teams, items, stages, pair, rank == 1 and items == 8 and pair == 1, bulk, loops),
         *(rows, columns, copy, skew, cap, sum_cap, shared),
     )
 
