@@ -50,7 +50,7 @@ def test_sizes(name, length, channels, states, implementation):
 
 
 @pytest.mark.parametrize("channels, rank, states", [(1, 1, 1), (3, 17, 16), (33, 6, 2)])
-@pytest.mark.parametrize("size", [(1, 1), (1, 7), (8, 5), (40, 25)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1), (8, 5), (40, 25)], ids=str)
 @pytest.mark.parametrize("directions", [[0, 1, 2, 3], [7, 4], 3], ids=str)
 def test_ss2d_sizes(channels, rank, states, size, directions, implementation):
     arguments = problems.ss2d(2, directions, channels, rank, states, *size, torch.float32)

@@ -103,19 +103,30 @@ def ss2d(x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplu
     """See `ops.ss2d`; fills `out`."""
     batch, channels, height, width = x.shape
     K, R, N, length = feats.shape[1], dt_weight.shape[2], A.shape[1], height * width
-    merged = out.flatten(2).transpose(1, 2)  # (B, L, D)
-    if merged.dtype != torch.float32 or not merged.is_contiguous():
-        merged = torch.empty(batch, length, channels)
-    x, feats = _rows(x.flatten(2).transpose(1, 2)), _rows(feats.flatten(3).transpose(2, 3))
+    in_place = out.dtype is torch.float32 and out.is_contiguous(memory_format=torch.channels_last)
+    merged = out if in_place else torch.empty(batch, height, width, channels)
+    (x, x_b, x_p), (feats, f_b, f_k, f_p) = _by_position(x), _by_position(feats)
     arguments = (
-        K, channels, R, N, length, delta_softplus, x, *_strides(x, 2), feats, *_strides(feats, 3),
-        dt_weight.float().contiguous(), _decay(A), _rows(D), _rows(delta_bias), _order(directions, order, height, width),
-        merged,
+        K, channels, R, N, length, delta_softplus, x, x_b, x_p, feats, f_b, f_k, f_p, dt_weight.float().contiguous(),
+        _decay(A), _rows(D), _rows(delta_bias), _order(directions, order, height, width), merged,
     )  # fmt: skip
     kernels = _kernels()
     _run(kernels.ss2d, batch * -(-channels // kernels.LANES), batch * K * channels * length * N, arguments)
-    if not merged.data_ptr() == out.data_ptr():
-        out.copy_(merged.transpose(1, 2).unflatten(2, (height, width)))
+    if not in_place:
+        out.copy_(merged.permute(0, 3, 1, 2))
+
+
+def _by_position(maps: Tensor) -> tuple:
+    """(..., C, H, W) in float32 with the channels of a position side by side: itself or a copy; strides in bytes.
+
+    The strides are those of the dims before C, and from a position to the next.
+    """
+    height, width = maps.shape[-2:]
+    *outer, channel, row, column = maps.stride()
+    if maps.dtype is not torch.float32 or channel != 1 or (height > 1 and width > 1 and row != width * column):
+        maps = maps.float().movedim(-3, -1).contiguous().movedim(-1, -3)
+        *outer, _, row, column = maps.stride()
+    return maps, *(4 * stride for stride in outer), 4 * (row if width == 1 else column)
 
 
 def _order(directions: list[int], order: Tensor | None, height: int, width: int) -> Tensor:
