@@ -76,7 +76,7 @@ class ChannelsLast(nn.Module):
 
 
 def rewritten(model: nn.Module, images: Tensor) -> dict[str, nn.Module]:
-    plan = vmeanba_fx.calibrate(model, [images.expand(2, -1, -1, -1).contiguous()], score_sites=False, progress=False)
+    plan = vmeanba_fx.calibrate(model, [images[:1].expand(2, -1, -1, -1).contiguous()], score_sites=False, progress=False)
     sites = [site.name for site in plan.sites]
     half = plan.apply(sites=sites[len(sites) // 2 :])
     return {"k = 0": plan.apply(0), f"k = {len(sites) - len(sites) // 2}": half, f"k = {len(sites)}": plan.apply(len(sites))}
@@ -166,7 +166,9 @@ def main(arguments: list[str] | None = None) -> None:
     text = conditions(options.threads) + "\n\n" + tabulate(rows, headers, tablefmt="github", floatfmt=formats) + "\n"
     print(text, end="")
     if options.out:
-        write(options.out, f"cpu_models_{processor()}_{'-'.join(options.precision)}", options.threads, text)
+        write(
+            options.out, f"cpu_models_{processor()}_{'-'.join(options.precision)}_batch{options.batch}", options.threads, text
+        )
 
 
 if __name__ == "__main__":

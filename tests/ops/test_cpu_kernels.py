@@ -111,6 +111,25 @@ def test_threads(pool, monkeypatch):
     torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("name", ["selective_scan", "ss2d"])
+def test_memory(name):
+    """Beside the output only tables of the parameters' size: nothing of B * D * N * L, and no copy in scan order."""
+    need_numba()
+    if name == "ss2d":
+        arguments = problems.ss2d(1, [0, 1, 2, 3], 64, 4, 16, 40, 40, torch.float32)
+        for maps in ("x", "feats"):
+            arguments[maps] = arguments[maps].movedim(-3, -1).contiguous().movedim(-1, -3)
+    else:
+        arguments = problems.selective_scan(1, 4, 64, 16, 1600, torch.float32)
+    getattr(ops, name)(**arguments)  # the table of the directions is kept
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        out = getattr(ops, name)(**arguments)
+    events = profile.profiler.kineto_results.events()
+    allocated = sum(max(0, event.nbytes()) for event in events if event.name() == "[memory]")
+    parameters = sum(4 * arguments[weights].numel() for weights in ("A", "dt_weight") if weights in arguments)
+    assert 4 * out.numel() <= allocated <= 4 * out.numel() + parameters + 4096
+
+
 def test_not_finite_inputs_show(implementation):
     """Calibration reports outputs that are not finite, so they must not be hidden."""
     for value in (float("nan"), float("inf")):
