@@ -192,7 +192,7 @@ def _probe(gm: fx.GraphModule, sites: list[Site]) -> None:
             if error is None:
                 continue
             # Some models blow rounding up. A difference as small as the rounding of the shift then moves as much.
-            rounded = _rounded(state.value(node))
+            rounded = _rounded(state.value(node), site)
             if error > _ROUNDING * (_moved(base, executor.rerun(state, {node: rounded}), tolerance=0.0) or 0.0):
                 raise SiteError(
                     f"{site.name}: its structure says that a LayerNorm absorbs channel-constant terms "
@@ -208,10 +208,11 @@ def _shifted(y: Tensor, site: Site) -> Tensor:
     return y + (noise.to(y) * scale).expand(-1, -1, site.channels, -1).reshape(y.shape)
 
 
-def _rounded(y: Tensor) -> Tensor:
-    """y with a difference of about its rounding error."""
+def _rounded(y: Tensor, site: Site) -> Tensor:
+    """y with a difference of about its rounding error, in its own dtype or in that of the model, to which it is cast."""
+    eps = max(torch.finfo(y.dtype).eps, torch.finfo(getattr(torch, site.dtype)).eps)
     noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y)
-    return y + noise * (torch.finfo(y.dtype).eps * float(y.abs().max()))
+    return y + noise * (eps * float(y.abs().max()))
 
 
 def _moved(base: Any, moved: Any, tolerance: float | None = None) -> float | None:
