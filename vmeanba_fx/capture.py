@@ -18,6 +18,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from . import ops
 from .copies import device_of, move_to_device, private_copy
@@ -27,6 +28,7 @@ from .graph import (
     SCAN,
     SITE,
     copy_graph,
+    fake_mode,
     graph_modules,
     module_path,
     mutates,
@@ -127,10 +129,24 @@ def capture(
             trace = _export(private_copy(model), cpu_args, cpu_kwargs, batch=None, dynamic_size=False)
             trace.notes.append(f"the model specialises its batch size: the graph runs for batch {batch} only")
         gm = _functional(trace)
+    _release_trace(gm)
     info = CaptureInfo(
         trace.args, trace.kwargs, _dynamic_dims(gm), tuple(trace.refused), tuple(trace.lookalikes), tuple(trace.notes)
     )
     return _finish(gm, info, device, _traced_paths(model))
+
+
+def _release_trace(gm: fx.GraphModule) -> None:
+    """Let the trace be freed with ``gm``, which PyTorch 2.13 alone does not: a megabyte and more for each.
+
+    Its sizes hold its inputs, which hold the sizes through C++, unseen by gc; and caches of methods hold old traces.
+    """
+    mode = fake_mode(gm.graph)
+    if mode is not None and getattr(mode.shape_env, "tracked_fakes", None):
+        mode.shape_env.tracked_fakes = []
+    for method in vars(ShapeEnv).values():
+        if hasattr(method, "cache_clear"):
+            method.cache_clear()
 
 
 @dataclass
