@@ -38,7 +38,7 @@ from .graph import (
     strip_metadata,
 )
 from .guards import drop_needless_guards, failed_guard
-from .intercept import _LOCK, cpu_device_guard, intercept
+from .intercept import _LOCK, cpu_device_guard, intercept, one_at_a_time
 from .ops.last_state import last_state
 from .registry import ScanCall, compute_dtype, is_scan
 
@@ -88,6 +88,7 @@ def capture_info(gm: fx.GraphModule) -> CaptureInfo:
     return info
 
 
+@one_at_a_time
 def capture(
     model: nn.Module | ExportedProgram,
     args: tuple[Any, ...] | Tensor = (),

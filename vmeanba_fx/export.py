@@ -29,6 +29,7 @@ from .errors import ExportError, PlanError, VMeanbaError
 from .export_formats import write_aoti, write_onnx, write_pt2
 from .files import parse_json
 from .graph import copy_graph, graph_modules
+from .intercept import one_at_a_time
 from .plan import Plan
 from .report import Report, attach_plan, attach_report, plan_of, report
 
@@ -87,6 +88,7 @@ class Loaded:
         return self.module(*args, **kwargs)
 
 
+@one_at_a_time
 def export(
     gm: fx.GraphModule | nn.Module,
     example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None,
@@ -131,6 +133,7 @@ def export(
     return Exported(os.fspath(path), format, size, batches, capture_info(gm).batch_dynamic, worst)
 
 
+@one_at_a_time
 def load(path: str | os.PathLike[str]) -> Loaded:
     """Read a ``.pt2`` file that :func:`export` or ``torch.export.save`` wrote: the model, its report and its plan.
 

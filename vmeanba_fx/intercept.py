@@ -41,6 +41,18 @@ log = logging.getLogger(__name__)
 # One capture at a time: the swaps are visible to the whole process.
 _LOCK = threading.RLock()
 
+
+def one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator for what handles symbolic sizes: those of one thread end up in the trace of another."""
+
+    @functools.wraps(function)
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        with _LOCK:
+            return function(*args, **kwargs)
+
+    return alone
+
+
 def _bind(
     parameters: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], name: str
 ) -> inspect.BoundArguments:

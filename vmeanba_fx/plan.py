@@ -26,6 +26,7 @@ from .fitting import AUTO_RANKS
 from .fitting_refit import REFIT, Refit, refit_sites
 from .fitting_sites import fit_sites
 from .graph import SITE, copy_graph, scan_nodes
+from .intercept import one_at_a_time
 from .passes import (
     Pass,
     RankFit,
@@ -190,6 +191,7 @@ class Plan:
 
     # -- applying ---------------------------------------------------------------------------------------------------
 
+    @one_at_a_time
     def apply(
         self,
         k: int | None = None,

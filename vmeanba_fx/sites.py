@@ -12,6 +12,7 @@ from .capture import capture_info
 from .errors import NoSitesError, SiteError
 from .execute import Executor
 from .graph import LAST_STATE, SITE, aten, scan_nodes
+from .intercept import one_at_a_time
 from .regions import concrete_shape, is_annihilated
 
 __all__ = ["Site", "SiteList", "find_sites"]
@@ -94,6 +95,7 @@ class SiteList(list[Site]):
         return "\n".join(lines)
 
 
+@one_at_a_time
 def find_sites(gm: fx.GraphModule, *, probe: bool = True) -> SiteList:
     """Every selective scan of a captured graph.
 
