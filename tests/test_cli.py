@@ -133,6 +133,28 @@ def test_score_in_json(capsys, tmp_path, spec, data):
     assert first["plan"] == again["plan"]
 
 
+def test_ways_of_scoring_and_choosing(capsys, tmp_path, spec, data):
+    """Each option reaches the Python interface; what belongs to scoring is refused with a plan."""
+    plan = str(tmp_path / "plan.json")
+    options = ["--batch", "4", "--metric", "loss", "--score", "both", "--greedy", "--exclude", "*0.blocks.0*"]
+    found = json.loads(run(capsys, "score", "--model", spec, "--data", data, "--out", plan, "--json", *options)[1])
+    curve = found["plan"]["curve"]
+    assert curve["greedy"] and sorted(curve["order"]) == [[1], [2]] and len(found["drops"]) == 2
+    assert len(found["plan"]["estimates"]) == 3 and -1 <= found["correlation"] <= 1
+    out = str(tmp_path / "fast.pt2")
+
+    def chosen(*choice):
+        return json.loads(run(capsys, "apply", "--model", spec, "--out", out, "--json", *choice)[1])["report"]
+
+    assert len(chosen("--plan", plan, "--max-drop", "100")["chosen"]) == 2
+    fast = chosen("--plan", plan, "--speedup", "1.0")
+    assert fast["speed"]["asked"] == 1.0 and fast["speed"]["measured"] > 0
+    assert len(chosen("--data", data, "--batch", "4", "--max-drop", "100", "--group-by", "module")["chosen"]) == 3
+    given = ["apply", "--model", spec, "--plan", plan, "--out", out]
+    assert "--greedy belongs to scoring" in refused(capsys, *given, "-k", "1", "--greedy")
+    assert "the most that replacing sites reaches is" in refused(capsys, *given, "--speedup", "1000")
+
+
 def test_apply_writes_a_program_that_equals_the_rewritten_graph(capsys, tmp_path, spec, data, images):
     plan, out = tmp_path / "plan.json", tmp_path / "model.pt2"
     run(capsys, "score", "--model", spec, "--data", data, "--out", plan)

@@ -100,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     score = command("score", commands.score, "Score every site on calibration data, write the plan.", _input, _scoring)
     score.add_argument("--data", type=DataSpec.parse, required=True, help="calibration data")
     score.add_argument("--out", required=True, metavar="PLAN.json", help="where to write the plan")
+    score.add_argument(
+        "--no-held-out", action="store_true", help="do not measure sites replaced together, as --max-drop needs"
+    )
     score.add_argument("--resume", metavar="FILE", help="keep the state here; a run that was killed goes on from it")
     _device(score, "auto")
 
@@ -141,6 +144,12 @@ def _scoring(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--reduce", choices=["mean", "rank"], help="the paper's mean (default), or learned rank-r scans")
     sub.add_argument("--rank", type=rank, metavar="R", help="channels per direction of --reduce rank: a number (4) or auto")
     sub.add_argument("--energy", type=float, metavar="X", help="share of a scan that --rank auto must explain (0.9)")
+    sub.add_argument(
+        "--score", choices=["measured", "gradient", "both"], help="how to score sites (default: measured)"
+    )
+    sub.add_argument("--greedy", action="store_true", default=None, help="score again after every replacement")
+    sub.add_argument("--group-by", choices=["module"], help="replace all scans of a module together")
+    sub.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="keep these sites (repeatable)")
 
 
 def _source(sub: argparse.ArgumentParser) -> None:
@@ -153,9 +162,11 @@ def _source(sub: argparse.ArgumentParser) -> None:
 def _choice(sub: argparse.ArgumentParser, required: bool) -> None:
     choice = sub.add_mutually_exclusive_group(required=required)
     choice.add_argument("-k", type=at_least(0), help="replace the k sites that matter least")
-    choice.add_argument("--max-drop", type=float, metavar="X", help="replace sites up to this sum of impacts")
+    choice.add_argument(
+        "--max-drop", type=float, metavar="X", help="stop before the metric falls further, on held-out images"
+    )
+    choice.add_argument("--speedup", type=float, metavar="X", help="be X times faster, by times measured on --device")
     choice.add_argument("--sites", action="append", metavar="GLOB", help="replace these sites (repeatable)")
-    sub.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="keep these sites (repeatable)")
     text = "fit new weights to the layers behind replaced sites, or to all later layers that write into the stream"
     sub.add_argument("--refit", choices=["sites", "all"], help=text)
     text = "with --plan: calibration data, where --refit or a plan of rank-r scans needs them"

@@ -46,12 +46,13 @@ def score(args: argparse.Namespace) -> Outcome:
     """Calibrate and write the plan."""
     require_writable(Path(args.out))
     model = build_model(args.model, args.weights, seed=args.seed, device=args.device)
-    plan = _calibrate(args, model, resume=args.resume)
+    plan = _calibrate(args, model, resume=args.resume, held_out=not args.no_held_out)
     plan.save(args.out)
     names = [s.name for s in plan.sites]
     data = {
         "out": args.out, "order": [names[i] for i in plan.order()],
         "impacts": {name: plan.impact(i) for i, name in enumerate(names)}, "plan": plan.to_dict(),
+        "drops": plan.drops(), "correlation": plan.correlation(),
     }  # fmt: skip
     return Outcome(f"{plan}\nwritten to {args.out}", data)
 
@@ -60,8 +61,9 @@ def apply(args: argparse.Namespace) -> Outcome:
     """Apply a plan, or a choice made now, and write the model; ``export`` is the same with k = 0 by default."""
     check_target(args.out, args.format)
     model = build_model(args.model, args.weights, seed=args.seed, device=args.device)
-    choice = {"k": args.k, "max_drop": args.max_drop, "sites": args.sites, "exclude": args.exclude}
-    if all(choice[name] is None for name in ("k", "max_drop", "sites")):
+    names = ("k", "max_drop", "speedup", "sites")
+    choice = {name: getattr(args, name) for name in (*names, "exclude", "group_by")}
+    if all(choice[name] is None for name in names):
         choice["k"] = 0
     refit = {None: False, "sites": True, "all": "all"}[args.refit]
     if args.plan is not None:
@@ -70,7 +72,8 @@ def apply(args: argparse.Namespace) -> Outcome:
         loader = None if args.calibration is None else _loader(args, args.calibration, model)
         gm = plan.apply(model=model, calib_loader=loader, refit=refit, **choice)
     else:
-        plan = _calibrate(args, model, score_sites=choice["sites"] is None and choice["k"] != 0)
+        scored = choice["sites"] is None and choice["k"] != 0
+        plan = _calibrate(args, model, score_sites=scored, held_out=choice["max_drop"] is not None)
         gm = plan.apply(refit=refit, **choice)
     found = report(gm)
     written = export(gm, None, args.out, args.format)
@@ -86,6 +89,10 @@ def _calibrate(args: argparse.Namespace, model: nn.Module, **options: Any) -> Pl
         reduce=args.reduce or "mean",
         rank=args.rank,
         energy=args.energy,
+        score=args.score or "measured",
+        greedy=bool(args.greedy),
+        group_by=args.group_by,
+        exclude=args.exclude,
         max_batches=args.batches,
         seed=args.seed,
         **options,
@@ -97,6 +104,6 @@ def _loader(args: argparse.Namespace, data: Any, model: nn.Module) -> Any:
 
 
 def _refuse_scoring_options(args: argparse.Namespace) -> None:
-    for name in ("metric", "mean", "reduce", "rank", "energy", "batches", "size"):
+    for name in ("metric", "mean", "reduce", "rank", "energy", "batches", "size", "score", "greedy"):
         if getattr(args, name) is not None:
             raise CommandError(f"--{name} belongs to scoring and has no effect on a plan that is already there")
