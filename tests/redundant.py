@@ -16,7 +16,7 @@ class Redundant(nn.Module):
     The scan term of a replaced site is constant over channels, and weights that sum to zero make nothing of it.
     """
 
-    def __init__(self, *, gain: float = 400.0, little: float = 2.0) -> None:
+    def __init__(self, *, gain: float = 20000.0, little: float = 64.0) -> None:
         super().__init__()
         self.gain, self.little = gain, little
         self.embed = nn.Conv2d(3, 6, zoo.PATCH, zoo.PATCH)

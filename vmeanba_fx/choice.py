@@ -157,25 +157,25 @@ def by_impact(units: Sequence[Unit], impacts: Sequence[float], tiebreaks: Sequen
 def knapsack(costs: Sequence[float], gains: Sequence[float], needed: float) -> list[int] | None:
     """The items of least total cost that gain at least ``needed``; None where all together do not.
 
-    Exact, over the Pareto front of (gain, cost). A negative cost pays for no other item's; it only breaks ties. Items that
-    gain nothing are never taken.
+    Exact, over the Pareto front of gain and cost. A negative cost pays for no other item's; it only breaks ties, and so
+    does then the number of items. Items that gain nothing are never taken.
     """
     enough = needed * (1 - 1e-12)
-    front: list[tuple[float, float, float, tuple[int, ...]]] = [(0.0, 0.0, 0.0, ())]  # gain, cost, tie, items
+    front: list[tuple[float, tuple[float, float, int], tuple[int, ...]]] = [(0.0, (0.0, 0.0, 0), ())]  # gain, cost, items
     for i, (cost, gain) in enumerate(zip(costs, gains, strict=True)):
         if gain <= 0:
             continue
         taken = [
-            (min(g + gain, needed), c + max(cost, 0.0), tie + min(cost, 0.0), (*items, i))
-            for g, c, tie, items in front
+            (min(g + gain, needed), (c + max(cost, 0.0), below + min(cost, 0.0), n + 1), (*items, i))
+            for g, (c, below, n), items in front
         ]  # fmt: skip
-        merged = sorted(front + taken, key=lambda s: (-s[0], s[1], s[2], len(s[3]), s[3]))
+        merged = sorted(front + taken, key=lambda s: (-s[0], *s[1:]))
         front = []
         for state in merged:
-            if not front or state[1:3] < front[-1][1:3]:
+            if not front or state[1] < front[-1][1]:
                 front.append(state)
     reached = [state for state in front if state[0] >= enough]
-    return list(min(reached, key=lambda s: s[1:3])[3]) if reached else None
+    return list(min(reached, key=lambda s: s[1])[2]) if reached else None
 
 
 def match(sites: Sequence[Site], patterns: str | Sequence[str], what: str) -> set[str]:

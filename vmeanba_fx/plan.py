@@ -238,7 +238,7 @@ class Plan:
         if speedup is not None and self.times is not None:
             predicted = self.times.speedup(i for i, s in enumerate(self.sites) if s.name in chosen)
             speed = Speed(speedup, predicted, self.times.against(gm), self.times.device)
-        attach_report(gm, Report.of(self, chosen, records, gm, gm.meta.pop(REFIT, ()), speed))
+        attach_report(gm, Report.of(self, chosen, records, gm, gm.meta.pop(REFIT, ()), speed, max_drop))
         attach_plan(gm, self.to_dict())
         return gm
 

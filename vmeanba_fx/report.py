@@ -44,6 +44,7 @@ class Report:
 
     ``ranks``: channels per direction of the replaced sites, with ``reduce="rank"``. ``refitted``: one sentence per layer.
     ``unfused``: why the exact passes left a site on the scanned copies of its map, by site.
+    ``speed`` and ``judged``: what came of ``speedup=`` and ``max_drop=``.
     ``flops_before``/``flops_after``: operations of all scans at batch 1, as the paper's authors count them.
     """
 
@@ -60,11 +61,12 @@ class Report:
     refitted: tuple[str, ...] = ()
     unfused: dict[str, str] = field(default_factory=dict)
     speed: Speed | None = None
+    judged: str = ""
 
     @classmethod
     def of(
         cls, plan: Plan, chosen: list[str], records: list[PassRecord], gm: fx.GraphModule,
-        refitted: Iterable[object] = (), speed: Speed | None = None,
+        refitted: Iterable[object] = (), speed: Speed | None = None, max_drop: float | None = None,
     ) -> Report:  # fmt: skip
         impacts = {s.name: plan.impact(i) for i, s in enumerate(plan.sites)} if plan.scored else {}
         # The literal block keeps its scan unless the exact pass removed it.
@@ -74,7 +76,7 @@ class Report:
         return cls(
             tuple(chosen), plan.metric, plan.base, impacts, plan.mean, before, after, tuple(records), plan.table(chosen),
             {name: plan.fits[name].rank for name in chosen if name in plan.fits}, tuple(map(str, refitted)),
-            reasons(gm), speed,
+            reasons(gm), speed, "" if max_drop is None else judged(plan, chosen, max_drop),
         )  # fmt: skip
 
     @property
@@ -92,6 +94,7 @@ class Report:
             f"{total} site{'s' if total != 1 else ''} replaced (lossy, {self.how}); "
             f"scan FLOPs {self.flops_before:,} -> {self.flops_after:,} per image",
             *([] if self.speed is None else [str(self.speed)]),
+            *([self.judged] if self.judged else []),
             *map(str, self.passes),
             *self.refitted,
             *(f"{site}: not fused, {why}" for site, why in self.unfused.items()),
@@ -104,7 +107,7 @@ class Report:
             "mean": self.mean, "ranks": self.ranks, "refitted": list(self.refitted),
             "flops_before": self.flops_before, "flops_after": self.flops_after,
             "passes": [p.to_dict() for p in self.passes], "unfused": self.unfused,
-            "speed": None if self.speed is None else asdict(self.speed),
+            "speed": None if self.speed is None else asdict(self.speed), "judged": self.judged,
         }  # fmt: skip
 
     @classmethod
@@ -139,6 +142,18 @@ def reasons(gm: fx.GraphModule) -> dict[str, str]:
     """Sentences that the exact passes left at sites they could not fuse."""
     nodes = [n for owner in graph_modules(gm) for n in owner.graph.nodes if NOT_FUSED in n.meta]
     return {str(n.meta.get(SITE, n.name)): n.meta[NOT_FUSED] for n in nodes}
+
+
+def judged(plan: Plan, chosen: list[str], max_drop: float) -> str:
+    """How a choice by ``max_drop`` came about, and whether the held-out half was large enough for it."""
+    curve, count = plan.curve, len(chosen)
+    step = next((j for j in range(len(curve.order)) if sum(map(len, curve.order[: j + 1])) == count), None)
+    text = f"max_drop {max_drop:g} on {curve.samples} held-out samples: "
+    if step is None:
+        return text + "already the least harmful site costs more"
+    margin = curve.margins[step] if curve.margins else None
+    text += f"worse by {plan.drops()[step]:.5f}" + ("" if margin is None else f" +- {margin:.5f}")
+    return text if margin is not None and margin <= max_drop else text + "; too few samples to be sure of it"
 
 
 def report(gm: fx.GraphModule) -> Report:

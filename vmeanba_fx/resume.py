@@ -57,5 +57,8 @@ class Saved:
         """Replace sections (None removes one) and write the file; does nothing without a path."""
         if self.path is None:
             return
-        self._sections = {k: v for k, v in (self._sections | sections).items() if v is not None}
+        changed = {k: v for k, v in (self._sections | sections).items() if v is not None}
+        if changed == self._sections:
+            return
+        self._sections = changed
         write_atomically(self.path, json.dumps(self._head | {"sections": self._sections}))
