@@ -106,7 +106,7 @@ MODES = [{"greedy": True}, {"score": "both"}, {"score": "gradient", "greedy": Tr
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_a_killed_calibration_resumes_to_the_same_plan(captured, tmp_path, monkeypatch, mode):  # noqa: F811
     """Killed after every single write of the state, whatever the pass; a finished state scores nothing again."""
-    options = {"metric": "loss", "seed": 5} | mode
+    options = {"metric": "loss", "seed": 5, "max_batches": 2} | mode
     expected = as_json(calibrate(captured, shuffled(), **options))
     path, kills = tmp_path / "state.json", 0
     from vmeanba_fx import resume
