@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import fcntl
 import functools
 import importlib.util
 import json
@@ -37,6 +38,9 @@ from tests.helpers import make_scan_matter
 from vmeanba_fx import models
 
 PRECISIONS = {"fp32": None, "amp16": torch.float16, "ampbf16": torch.bfloat16}
+# Rounding of a whole network, relative in the 2-norm: the official model itself differs by 0.8e-2 (fp16), 6e-2 (bf16) and
+# 0.5e-2 (fp32 with TF32) between eager and compiled.
+LIMITS = {"fp32": 1e-2, "amp16": 2e-2, "ampbf16": 1e-1}
 
 
 def main() -> None:
@@ -63,7 +67,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--batch", nargs="+", type=int, default=[128])
     p.add_argument("--size", type=int, default=224)
     p.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["amp16"])
-    p.add_argument("--fractions", nargs="+", type=float, default=[0.0, 0.25, 0.5, 1.0], help="shares of sites replaced")
+    p.add_argument("--fractions", nargs="*", type=float, default=[0.0, 0.25, 0.5, 1.0], help="shares of sites replaced")
     p.add_argument("--compile", action="store_true", help="time torch.compile as well")
     p.add_argument("--graph", action="store_true", help="time the replay of each as a CUDA graph as well")
     p.add_argument("--ours", nargs="+", choices=("autocast", "baked", "half"), default=["baked"],
@@ -72,6 +76,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--skip-official-compile", action="store_true")
     p.add_argument("--skip-eager", action="store_true")
     p.add_argument("--seconds", type=float, default=1.0, help="timing budget of each variant")
+    p.add_argument("--lock", help="file that several runs on one GPU share, so that they time one at a time")
     p.add_argument("--profile", action="store_true", help="print the ten slowest kernels of every timed variant")
     p.add_argument("--out", help="folder for CSV, Markdown and JSON")
     p.add_argument("--tag", default="", help="added to the file names")
@@ -111,7 +116,7 @@ def measure(args: argparse.Namespace, name: str, precision: str, batch: int) -> 
             row = {"model": name, "precision": precision, "batch": batch, "variant": label, "mode": mode}
             try:
                 with torch.inference_mode(), context():
-                    row |= one_row(args, run, given, expected if not k else None, 2e-2 if dtype is not None else 5e-3)
+                    row |= one_row(args, run, given, expected if not k else None, LIMITS[precision])
             except RuntimeError as error:
                 row["images/s"] = f"failed: {str(error).splitlines()[0][:60]}"
             yield row
@@ -121,14 +126,27 @@ def one_row(
     args: argparse.Namespace, run: Callable[[Tensor], Tensor], images: Tensor, expected: Tensor | None, limit: float
 ) -> dict[str, Any]:
     """Check, then time. ``expected``: None where sites are replaced, which changes the function."""
-    found = run(images).float()
+    with locked(args.lock, fcntl.LOCK_SH):
+        found = run(images).float()
     error = float("nan") if expected is None else relative(found, expected)
     if expected is not None and not error <= limit:
         return {"error": error, "ms": float("nan"), "images/s": "WRONG NUMBERS"}
-    ms, peak = timed(run, images, args.seconds)
-    if args.profile:
-        print(slowest_kernels(run, images), flush=True)
+    with locked(args.lock, fcntl.LOCK_EX):
+        ms, peak = timed(run, images, args.seconds)
+        if args.profile:
+            print(slowest_kernels(run, images), flush=True)
     return {"error": error, "ms": ms, "peak MiB": peak, "images/s": f"{1e3 * len(images) / ms:.0f}"}
+
+
+@contextlib.contextmanager
+def locked(path: str | None, kind: int) -> Iterator[None]:
+    """Several runs on one GPU compile together, and time one at a time while nothing else runs."""
+    if path is None:
+        yield
+        return
+    with open(path, "w") as file:
+        fcntl.flock(file, kind)
+        yield
 
 
 def modes(
