@@ -8,6 +8,7 @@ over the whole model or layer by layer. Sites are scored and fitted on the prune
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,8 +40,9 @@ def prune_model(model: nn.Module, share: float, scope: str) -> float:
     return sum(int((t == 0).sum()) for t in tensors) / sum(t.numel() for t in tensors)
 
 
-def rows_of(study: Study, variants: list[str], quick: bool) -> list[dict[str, Any]]:
-    rows = []
+def run(study: Study, variants: list[str], quick: bool, path: Path) -> None:
+    """Measures and writes as it goes."""
+    rows: list[dict[str, Any]] = []
     n = len(study.sites)
     unpruned = study.task.model("cpu").state_dict()
     for scope in SCOPES:
@@ -57,7 +59,7 @@ def rows_of(study: Study, variants: list[str], quick: bool) -> list[dict[str, An
                     value = study.measure(study.apply(VARIANTS[name], k))
                     rows.append(row | {"variant": name, "k": k, "value": round(value, 3), "drop": round(study.base - value, 3)})
             print(*rows[-1 - 2 * len(variants) :], sep="\n", flush=True)
-    return rows
+            write_csv(path, rows)
 
 
 def table(rows: list[dict[str, str]], task: str) -> tuple[list[str], list[list[str]]]:
@@ -83,7 +85,7 @@ def main() -> None:
     args = p.parse_args()
     if not args.plot_only:
         for task in pick(args.tasks):
-            write_csv(args.out / "pruning" / f"{task.name}.csv", rows_of(Study(task, args), args.variants, args.quick))
+            run(Study(task, args), args.variants, args.quick, args.out / "pruning" / f"{task.name}.csv")
     parts = []
     for path in sorted((args.out / "pruning").glob("*.csv")):
         rows, origin = read_csv(path)

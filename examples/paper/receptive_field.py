@@ -127,8 +127,8 @@ def main() -> None:
         for task in pick(args.tasks):
             found, kept[task.name] = rows_of(task.name, args)
             rows += found
-        write_csv(values, rows)
-        torch.save(kept, maps)
+            write_csv(values, rows)
+            torch.save(kept, maps)
     rows, origin = read_csv(values)
     note = (
         "Share of the squared gradient that comes from outside the middle position's own patch, from farther than a quarter of "

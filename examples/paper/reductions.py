@@ -176,8 +176,10 @@ def main() -> None:
     p = parser(__doc__)
     p.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["v05", "v0", "scan_v05_digits"])
     args = p.parse_args()
-    rows = [row for task in pick(args.tasks) for row in rows_of(Study(task, args), args.quick)]
-    write_csv(args.out / "reductions.csv", rows)
+    rows: list[dict[str, Any]] = []
+    for task in pick(args.tasks):
+        rows += rows_of(Study(task, args), args.quick)
+        write_csv(args.out / "reductions.csv", rows)
     note = (
         "Drop in points on the test split with one site, half of the sites and all of them replaced, in the order of the "
         "paper's mean. Explained: share of the energy of the scan on the calibration images, mean over the sites; negative: "
