@@ -169,7 +169,7 @@ TASKS = {
         Task("deep", "VMamba v05, 20 sites, Fashion-MNIST", deep, CHECKPOINTS / "deep.safetensors", _96, 10_000),
         Task("segmentation", "VMamba v05 + UperNet, 10 sites, scenes", segmentation,
              CHECKPOINTS / "segmentation.safetensors", scene_data, 2_000, "mIoU"),
-        Task("segmentation_scans", "the same without depthwise convolutions", segmentation_scans,
+        Task("segmentation_scans", "VMamba v05 without depthwise convolutions + UperNet, 10 sites, scenes", segmentation_scans,
              CHECKPOINTS / "segmentation_scans.safetensors", scene_data, 2_000, "mIoU"),
         Task("scan_v05_digits", "scans only, v05, digits", scan_only_v05,
              CHECKPOINTS / "scan_v05_digits.safetensors", classification_data("digits", 32), 10_000),

@@ -33,8 +33,9 @@ from common import (
 
 PANELS = {
     "classification": ("v05", "v0", "deep"),
-    "segmentation": ("segmentation",),
+    "segmentation": ("segmentation", "segmentation_scans"),
     "scan-dependent": ("scan_v05_digits", "scan_v0_digits", "scan_v05_fashion", "scan_v0_fashion"),
+    "live": ("scan_live_digits", "scan_vim_digits"),
 }
 
 
@@ -110,7 +111,7 @@ def collected(folder: Path) -> tuple[dict[str, dict[str, dict[int, list[float]]]
 def cell(values: list[float] | None) -> str:
     if not values:
         return ""
-    mean = statistics.fmean(values)
+    mean = round(statistics.fmean(values), 2) + 0.0  # no minus zero
     return f"{mean:.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{mean:.2f}"
 
 
