@@ -202,3 +202,9 @@ assert __import__("os").waitpid(process, 0)[1] == 0 and right
 """
     (tmp_path / "file").touch()  # nor can a cache folder be made in it: Numba takes another one
     in_process(RUN + code, NUMBA_CACHE_DIR=str(tmp_path / "file" / "cache"))
+
+
+def test_nothing_to_scan(implementation):
+    for channels, states in ((0, 2), (3, 0)):
+        out = ops.linear_scan(**problems.linear_scan(2, 2, channels, states, 5, torch.float32))
+        assert out.shape == (2, 2, channels, 5) and not out.any()

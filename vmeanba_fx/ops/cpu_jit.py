@@ -34,10 +34,10 @@ def _kernels() -> ModuleType | None:
 
 
 def usable(*tensors: Tensor | None) -> bool:
-    """Whether the kernels take a call with these tensors: real CPU tensors, no float64, and Numba is there."""
-    for tensor in tensors:
-        if tensor is not None and (
-            not tensor.is_cpu or tensor.dtype == torch.float64 or type(tensor) not in (Tensor, torch.nn.Parameter)
+    """Whether the kernels take a call with these tensors: real CPU tensors, none empty, no float64, and Numba is there."""
+    for x in tensors:
+        if x is not None and not (
+            x.is_cpu and x.dtype != torch.float64 and type(x) in (Tensor, torch.nn.Parameter) and x.numel()
         ):
             return False
     return _kernels() is not None
