@@ -11,6 +11,9 @@ replaced. One gate per image and site, so one backward pass gives the derivative
 with J = dlogits/dg and F = diag(p) - p p^T. ``J^T F J`` is estimated without bias as the mean of (v^T L^T J)^2 over a few
 vectors v of random signs, F = L L^T: each takes one backward pass for all sites, where the exact value would take as
 many as there are classes.
+
+An expansion at the unchanged model ranks sites and does not measure them: it is too small where a replacement changes
+much, and blind to what a saturated function hides. The plan's curve is measured in any case.
 """
 
 from __future__ import annotations
