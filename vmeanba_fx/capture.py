@@ -124,7 +124,7 @@ def capture(
     cpu_args, cpu_kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().cpu(), (args, kwargs))
     batch = _batch_size(cpu_args, cpu_kwargs)
     # One capture at a time: interception, warning filters and export itself are global to the process.
-    with _LOCK, _quiet(), _plain_mode(), torch.random.fork_rng(devices=[]), torch.no_grad():
+    with _LOCK, _quiet(), _plain_mode(), _forgetting(), torch.random.fork_rng(devices=[]), torch.no_grad():
         trace = _with_free_batch(model, *_with_batch(cpu_args, cpu_kwargs, batch, 2), dynamic_size)
         if trace is None:
             trace = _export(private_copy(model), cpu_args, cpu_kwargs, batch=None, dynamic_size=False)
@@ -384,6 +384,17 @@ def _plain_mode() -> Iterator[None]:
         for device_type in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(device_type, enabled=False))
         yield
+
+
+@contextlib.contextmanager
+def _forgetting() -> Iterator[None]:
+    """Empty torch's caches of symbolic sizes afterwards: they are kept on a class and hold on to what a trace was made of."""
+    try:
+        yield
+    finally:
+        for member in vars(ShapeEnv).values():
+            if hasattr(member, "cache_clear"):
+                member.cache_clear()
 
 
 @contextlib.contextmanager
