@@ -134,7 +134,11 @@ def capture(
     info = CaptureInfo(
         trace.args, trace.kwargs, _dynamic_dims(gm), tuple(trace.refused), tuple(trace.lookalikes), tuple(trace.notes)
     )
-    return _finish(gm, info, device, _traced_paths(model))
+    gm = _finish(gm, info, device, _traced_paths(model))
+    # torch keeps the symbols of a trace for good (its own export does); what they cached need not stay with them.
+    mode = fake_mode(gm.graph)
+    getattr(getattr(mode, "shape_env", None), "fake_tensor_cache", {}).clear()
+    return gm
 
 
 def _release_trace(gm: fx.GraphModule) -> None:
