@@ -79,7 +79,8 @@ def bench(args: argparse.Namespace) -> Outcome:
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     args.batch = args.batch or (8 if device.type == "cuda" else 1)
     images = _images(args, model).to(device)
-    sites, graphs = _graphs(args, model, images)
+    scans_wanted = args.block is None or any(part != "profile" for part in args.parts)
+    sites, graphs = _graphs(args, model, images) if scans_wanted else ([], {})
     where = _environment(args, device, images)
     title = _title(where)
     data: dict[str, Any] = {"environment": where}
