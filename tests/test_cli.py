@@ -198,6 +198,18 @@ def test_export_without_a_choice_changes_nothing(capsys, tmp_path, spec, images)
         assert code == 0 and relative_error(torch.export.load(out).module()(images), tiny()(images)) < 1e-5
 
 
+def test_export_to_onnx(capsys, tmp_path, images):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    out = tmp_path / "model.onnx"
+    argv = ["apply", "--model", "vmamba_digits(depths=[1], dims=[8])", "--data", "random:2,1,32,32", "--sites", "*"]
+    code, text, _ = run(capsys, *argv, "--out", out, "--format", "onnx")
+    assert code == 0 and "(onnx, " in text and "any batch size" in text
+    session = onnxruntime.InferenceSession(out)
+    assert session.run(None, {session.get_inputs()[0].name: images.numpy()})[0].shape == (12, 10)
+    assert "the format of .onnx is onnx" in refused(capsys, *argv, "--out", out)
+
+
 def test_weights_are_loaded(capsys, tmp_path, images):
     save_checkpoint(tiny(), tmp_path / "tiny.safetensors")
     out = tmp_path / "model.pt2"
