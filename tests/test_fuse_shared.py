@@ -141,3 +141,16 @@ def test_report_says_why_a_site_was_not_fused():
     found = vmeanba_fx.report(gm)
     [(site, why)] = found.unfused.items()
     assert f"{site}: not fused, {why}" in str(found) and found.to_dict()["unfused"] == {site: why}
+
+
+@pytest.mark.parametrize("name", ["v05_noz", "v05_onnone"])
+def test_rank_sites_of_vmamba(name):
+    """What calibration fits and rank_scan emits is the pattern, whether a LayerNorm follows or not."""
+    model = make_scan_matter(VSSM(**COMMON, **VARIANTS[name])).eval()
+    x = torch.randn(6, 3, 28, 44, generator=torch.Generator().manual_seed(0))
+    plan = vmeanba_fx.calibrate(model, [x], score_sites=False, reduce="rank", rank=2)
+    n = len(plan.sites)
+    gm, literal = plan.apply(n), plan.apply(n, skip_passes=EXACT)
+    assert targets(gm).count(OURS.shared_scan2d.default) == n and OURS.shared_scan.default not in targets(gm)
+    with torch.no_grad():
+        assert relative(gm(x), literal(x)) < 1e-5
