@@ -27,6 +27,8 @@ def main() -> None:
     parser.add_argument("--model", choices=sorted(MODELS), default="v05", help="which VMamba (default: v05)")
     parser.add_argument("--metric", choices=["accuracy", "loss", "kl"], default="loss", help="default: loss")
     parser.add_argument("--mean", choices=["direction", "all", "input"], default="direction", help="which mean")
+    parser.add_argument("--rank", type=int, help="scan so many fitted channels per direction instead of a mean")
+    parser.add_argument("--refit", choices=["site", "all"], help="refit the layer behind each site, or all later ones too")
     parser.add_argument("--calibration-images", type=int, default=1000, metavar="N", help="default: 1000")
     parser.add_argument("--test-images", type=int, default=2000, metavar="N", help="default: 2000")
     parser.add_argument("--device", default="cpu")
@@ -43,11 +45,13 @@ def main() -> None:
         sys.exit(f"fashion_mnist.py: {error}")
     model.eval().to(args.device)
 
-    plan = vmeanba_fx.calibrate(model, train, metric=args.metric, mean=args.mean)
+    how = {"mean": args.mean} if args.rank is None else {"reduce": "rank", "rank": args.rank}
+    refit = "all" if args.refit == "all" else args.refit is not None
+    plan = vmeanba_fx.calibrate(model, train, metric=args.metric, **how)
     print(plan, end="\n\n")
-    print(curve(plan, model, test), end="\n\n")
+    print(curve(plan, model, test, refit), end="\n\n")
 
-    gm = plan.apply(args.k if args.k is not None else len(plan.sites) // 2)
+    gm = plan.apply(args.k if args.k is not None else len(plan.sites) // 2, refit=refit)
     print(vmeanba_fx.report(gm), end="\n\n")
     with tempfile.TemporaryDirectory() as folder:
         path = args.out or Path(folder) / f"vmamba_{args.model}_fashion.pt2"
