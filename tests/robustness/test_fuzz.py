@@ -27,8 +27,9 @@ LONG = int(os.environ.get("VMEANBA_FUZZ_NETS", "0"))
 NETS, PER_NET, CASES = LONG or 80, 25, 2000
 PASSES = ("drop_annihilated", "merge_skips", "fuse_ss2d", "channels_last", "cleanup")
 MEANS = ("direction", "all", "input")
-# Rounding, beyond four times that of the model itself in this dtype.
-BOUND = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 4e-2}
+# Rounding, beyond four times that of the model itself in this dtype. LayerNorms over a few channels blow single roundings in
+# bfloat16 up to a tenth of the output (with the same weights in float32: 1e-7); a wrong graph is off by about as much as it is.
+BOUND = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 0.25}
 seen: Counter[str] = Counter()
 _check_graph = manager.check_graph
 

@@ -279,12 +279,10 @@ def _plan(problem: _Problem, baked: bool, shared_limit: int, multiprocessors: in
         sizes = [(budget, _MAX_TILE) for budget in budgets if problem.length <= _MAX_TILE]
         sizes += product(budgets, (_MAX_TILE, 4096, 2048, 1024, 512))
         teams_counts = _team_counts(problem, merge, blocks, multiprocessors)
-        plain = baked and not problem.linear and not problem.table and 0 not in problem.types
-        pair = 2 if plain and items == 16 and problem.states // parts % 2 == 0 else 1
-        # Other blocks on the same multiprocessor, or steps of two states, fill the waits as more stages would.
-        depths = (2,) if pair == 2 or (problem.states == 1 and blocks > 2 * multiprocessors) else (4, 3, 2)
+        # Other blocks on the same multiprocessor fill the waits as more stages would.
+        depths = (2,) if problem.states == 1 and blocks > 2 * multiprocessors else (4, 3, 2)
         for (budget, tile), teams, stages in product(sizes, teams_counts, depths):
-            plan = _fit(problem, baked, merge, parts, rank, teams, tile, items, stages, pair, budget)
+            plan = _fit(problem, baked, merge, parts, rank, teams, tile, items, stages, 1, budget)
             if plan is not None:
                 return plan
     return None
