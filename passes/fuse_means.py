@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, fx
 
 from vmeanba_fx.cross_scan import CrossScan, Projections, find_cross_scan, find_merge, find_projections
-from vmeanba_fx.evaluate import Unprovable, evaluate
-from vmeanba_fx.graph import NOT_FUSED, SITE, Emitter, aten, graph_modules, remove_dead_code, value
+from vmeanba_fx.evaluate import Unprovable, evaluate, fuse_each
+from vmeanba_fx.graph import SITE, Emitter, aten, calls_of, value
 from vmeanba_fx.ops.directions import inverse_table
 
 from .fuse_shared import add_skip, feature_maps, read_out
@@ -44,16 +44,7 @@ _LARGEST = 1 << 27  # elements of (B, K, D, N, L) that a proof may hold in float
 
 def fuse_means(gm: fx.GraphModule) -> fx.GraphModule:
     """Rewrite ``gm`` in place and return it."""
-    for owner in graph_modules(gm):
-        for scan in owner.graph.find_nodes(op="call_function", target=_LINEAR):
-            try:
-                if owner is not gm:
-                    raise Unprovable("it lies inside an autocast or checkpoint region")
-                _fuse(gm, scan)
-            except Unprovable as reason:
-                scan.meta[NOT_FUSED] = str(reason)
-    remove_dead_code(gm)
-    return gm
+    return fuse_each(gm, calls_of(gm, _LINEAR), _fuse)
 
 
 def _fuse(gm: fx.GraphModule, scan: fx.Node) -> None:

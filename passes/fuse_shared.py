@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, fx
 
 from vmeanba_fx.cross_scan import CrossScan, Merge, find_cross_scan, find_merge, find_pointwise, find_read_out
-from vmeanba_fx.evaluate import Unprovable, evaluate, is_parameter_only
-from vmeanba_fx.graph import NOT_FUSED, SITE, Emitter, aten, graph_modules, remove_dead_code, value
+from vmeanba_fx.evaluate import Unprovable, evaluate, fuse_each, is_parameter_only
+from vmeanba_fx.graph import SITE, Emitter, aten, calls_of, value
 
 from .fuse_ss2d import channel_first, make_buffer, restore_shape
 
@@ -39,16 +39,7 @@ _FAR = 12  # nodes between a map in scan order and the scan that reads it
 
 def fuse_shared(gm: fx.GraphModule) -> fx.GraphModule:
     """Rewrite ``gm`` in place and return it."""
-    for owner in graph_modules(gm):
-        for scan in owner.graph.find_nodes(op="call_function", target=_SHARED):
-            try:
-                if owner is not gm:
-                    raise Unprovable("it lies inside an autocast or checkpoint region")
-                _fuse(gm, scan)
-            except Unprovable as reason:
-                scan.meta[NOT_FUSED] = str(reason)
-    remove_dead_code(gm)
-    return gm
+    return fuse_each(gm, calls_of(gm, _SHARED), _fuse)
 
 
 def _fuse(gm: fx.GraphModule, scan: fx.Node) -> None:

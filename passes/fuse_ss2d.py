@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, fx
 
 from vmeanba_fx.cross_scan import CrossScan, Merge, Projections, find_cross_scan, find_merge, find_projections
-from vmeanba_fx.evaluate import Unprovable, evaluate, is_parameter_only
-from vmeanba_fx.graph import NOT_FUSED, SITE, Emitter, aten, remove_dead_code, scan_nodes, value
+from vmeanba_fx.evaluate import Unprovable, evaluate, fuse_each, is_parameter_only
+from vmeanba_fx.graph import SITE, Emitter, aten, scan_nodes, value
 
 from .mean_scan import group_shape, scan_arguments
 
@@ -36,15 +36,7 @@ _ALIGN = 8
 
 def fuse_ss2d(gm: fx.GraphModule) -> fx.GraphModule:
     """Rewrite ``gm`` in place and return it."""
-    for owner, scan in scan_nodes(gm):
-        try:
-            if owner is not gm:
-                raise Unprovable("it lies inside an autocast or checkpoint region")
-            _fuse(gm, scan)
-        except Unprovable as reason:
-            scan.meta[NOT_FUSED] = str(reason)
-    remove_dead_code(gm)
-    return gm
+    return fuse_each(gm, scan_nodes(gm), _fuse)
 
 
 def _fuse(gm: fx.GraphModule, scan: fx.Node) -> None:

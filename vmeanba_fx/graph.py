@@ -53,6 +53,11 @@ def scan_nodes(gm: fx.GraphModule) -> list[tuple[fx.GraphModule, fx.Node]]:
     return found
 
 
+def calls_of(gm: fx.GraphModule, target: Callable[..., Any]) -> list[tuple[fx.GraphModule, fx.Node]]:
+    """Every call of ``target`` in ``gm`` and its sub-graphs with the graph that owns it."""
+    return [(owner, n) for owner in graph_modules(gm) for n in owner.graph.find_nodes(op="call_function", target=target)]
+
+
 def read_attribute(gm: fx.GraphModule, path: str) -> Any:
     """What a ``get_attr`` node of ``gm`` with this target reads; None where there is nothing."""
     found: Any = gm
