@@ -29,7 +29,7 @@ from vmeanba_fx.cross_scan import CrossScan, Merge, find_cross_scan, find_merge,
 from vmeanba_fx.evaluate import Unprovable, evaluate, fuse_each, is_parameter_only
 from vmeanba_fx.graph import SITE, Emitter, aten, calls_of, value
 
-from .fuse_ss2d import channel_first, make_buffer, restore_shape
+from .fuse_ss2d import channel_first, follow_weights, make_buffer, restore_shape
 
 NAME = "fuse_shared"
 _SHARED = torch.ops.vmeanba_fx.shared_scan.default
@@ -69,11 +69,13 @@ def _fuse(gm: fx.GraphModule, scan: fx.Node) -> None:
         step += evaluate([a["delta_bias"]], {}, 1)[0]
     one = r == 1 and bool((V - 1.0).abs().max() <= 1e-12)
     order = None if cross.directions else make_buffer(gm, emit, site, "order", cross.order, cross, torch.int32)
+    A = make_buffer(gm, emit, site, "A", A, cross, torch.float32)
+    dt_bias = make_buffer(gm, emit, site, "dt_bias", step, cross, torch.float32)
     yr = emit(
-        torch.ops.vmeanba_fx.shared_scan2d.default, parts[0], delta, make_buffer(gm, emit, site, "A", A, cross, torch.float32),
-        *parts[1:], make_buffer(gm, emit, site, "dt_bias", step, cross, torch.float32), list(cross.directions), order,
+        torch.ops.vmeanba_fx.shared_scan2d.default, parts[0], delta, A, *parts[1:], dt_bias, list(cross.directions), order,
         bool(a["delta_softplus"]), one, torch.promote_types(value(cross.source).dtype, torch.float32),
     )  # fmt: skip
+    yr = follow_weights(emit, yr, A)
     if not one:
         matrix = make_buffer(gm, emit, site, "V", V.permute(1, 0, 2).flatten(1), cross, torch.float32)
         flat = emit(aten.permute.default, emit(aten.flatten.using_ints, yr, 1, 2), [0, 2, 3, 1])

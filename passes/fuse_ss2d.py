@@ -89,10 +89,11 @@ def _core(
     order = None
     if not cross.directions:
         order = make_buffer(gm, emit, site, "order", cross.order, cross, torch.int32)
-    return emit(
+    out = emit(
         torch.ops.vmeanba_fx.ss2d.default, x, feats, dt_weight, A, skip, bias, list(cross.directions), order,
         a["delta_softplus"], value(merge.node).dtype,
     )  # fmt: skip
+    return follow_weights(emit, out, A)
 
 
 def channel_first(emit: Emitter, cross: CrossScan) -> fx.Node:
@@ -113,6 +114,11 @@ def restore_shape(emit: Emitter, merged: fx.Node, merge: Merge) -> fx.Node:
     if value(merged).shape[1:] == value(merge.node).shape[1:]:
         return merged
     return emit(aten.reshape.default, merged, [-1, *(int(s) for s in value(merge.node).shape[1:])])
+
+
+def follow_weights(emit: Emitter, out: fx.Node, weight: fx.Node) -> fx.Node:
+    """``out``, whose dtype is fixed, in the dtype that ``weight`` will have: after ``gm.half()`` its readers want half."""
+    return emit(aten.type_as.default, out, weight) if value(out).dtype == value(weight).dtype else out
 
 
 def device_of(cross: CrossScan) -> torch.device:
