@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -130,10 +131,24 @@ def _code(gm: fx.GraphModule) -> str:
     return "\n".join(owner.code for owner in graph_modules(gm))
 
 
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """On a GPU float32 convolutions may run in TF32, and then differ from the linear layers that a pass puts in their place."""
+    backends = torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
 def _outputs(gm: fx.GraphModule, args: tuple[tuple[Any, ...], dict[str, Any]] | None) -> list[Tensor]:
     if args is None:
         return []
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), _without_tf32():
         return [t for t in pytree.tree_leaves(gm(*args[0], **args[1])) if isinstance(t, Tensor)]
 
 

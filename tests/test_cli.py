@@ -287,6 +287,12 @@ def test_bench_times_the_model_and_its_rewritten_forms(capsys, spec):
         assert row["speedup"] == pytest.approx(found["rows"][0]["milliseconds"] / row["milliseconds"])
 
 
+def test_bench_under_autocast(capsys, spec):
+    argv = ["bench", "--model", spec, "--size", 32, "--min-time", 0.01, "--device", "cpu", "--parts", "model", "-k", 0]
+    code, out, _ = run(capsys, *argv, "--autocast", "bfloat16")
+    assert code == 0 and "1x1x32x32 float32 under bfloat16 autocast" in out and "k = 0" in out
+
+
 def test_bench_text_with_data_and_plan(capsys, tmp_path, spec, data):
     plan = tmp_path / "plan.json"
     run(capsys, "score", "--model", spec, "--data", data, "--batches", 1, "--out", plan)

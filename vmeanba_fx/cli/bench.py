@@ -32,8 +32,10 @@ from .bench_kernels import kernel_rows, kernel_table
 from .bench_profile import block_of, profile_plot, profile_rows, profile_table
 from .commands import Outcome
 
+_SCORED = 4
 _PARTS = ("model", "kernels", "profile")
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, **_HALF}
 # Rounding of a whole network. On a GPU float32 convolutions run in TF32, and not the same ones before and after.
 _TOLERANCE = {("cpu", torch.float32): 1e-4, ("cuda", torch.float32): 1e-2}
 
@@ -55,9 +57,10 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--data", type=DataSpec.parse, help="the first batch of it is run (default: random images)")
     sub.add_argument("--batch", type=at_least(1), help="batch size (default: 8 on a GPU, 1 on the CPU)")
     sub.add_argument("--dtype", choices=sorted(_DTYPES), default="float32", help="default: float32")
+    sub.add_argument("--autocast", choices=sorted(_HALF), help="time everything under torch.autocast to this dtype")
     sub.add_argument("--compile", action="store_true", help="time torch.compile(model) throughout")
     sub.add_argument("-k", type=at_least(0), nargs="+", help="how many sites to replace (default: 0, half, all)")
-    sub.add_argument("--plan", metavar="PLAN.json", help="rank sites by it (default: by KL on the timed batch)")
+    sub.add_argument("--plan", metavar="PLAN.json", help=f"rank sites by it (default: by KL on {_SCORED} of the images)")
     sub.add_argument("--parts", choices=_PARTS, nargs="+", default=list(_PARTS), help="what to time (default: all)")
     sub.add_argument("--block", metavar="PATH", help="module to profile (default: the block of the first scan)")
     sub.add_argument("--out", metavar="FOLDER", help="save JSON, CSV, the text, and a plot if matplotlib is there")
@@ -87,12 +90,14 @@ def bench(args: argparse.Namespace) -> Outcome:
     texts = [title]
     block = args.block if args.block is not None else block_of(model, sites[0].name)
     plotted: list[Any] = []
-    with torch.no_grad():
+    compute = _HALF.get(args.autocast, images.dtype)
+    with torch.no_grad(), torch.autocast(device.type, compute, enabled=args.autocast is not None):
         if "model" in args.parts:
-            data["rows"] = rows = _model_rows(args, model, graphs, images)
+            tolerance = _TOLERANCE.get((device.type, compute), 5e-2)
+            data["rows"] = rows = _model_rows(args, model, graphs, images, tolerance)
             texts.append(_text(rows))
         if "kernels" in args.parts:
-            data["kernels"] = found = kernel_rows(sites, len(images), images.dtype, device, args.min_time / 10)
+            data["kernels"] = found = kernel_rows(sites, len(images), compute, device, args.min_time / 10)
             texts.append(kernel_table(found))
         if "profile" in args.parts:
             data["block"], data["profile"] = block, (plotted := profile_rows(model, images, block))
@@ -107,10 +112,11 @@ def bench(args: argparse.Namespace) -> Outcome:
     return Outcome(text, data)
 
 
-def _model_rows(args: argparse.Namespace, model: nn.Module, graphs: dict[int, fx.GraphModule], images: Tensor) -> list[Row]:
+def _model_rows(
+    args: argparse.Namespace, model: nn.Module, graphs: dict[int, fx.GraphModule], images: Tensor, tolerance: float
+) -> list[Row]:
     forms: list[tuple[str, int | None, Callable[[Tensor], Any]]] = [("original", None, model)]
     forms += [(f"k = {k}", k, gm) for k, gm in graphs.items()]
-    tolerance = _TOLERANCE.get((images.device.type, images.dtype), 5e-2)
     plain = next(iter(graphs.values()))
     if 0 in graphs:
         _compare(graphs[0](images), model(images), tolerance, "the graph with k = 0")
@@ -152,10 +158,7 @@ def _graphs(
     if args.plan is not None:
         plan, applied_to = Plan.load(args.plan), {"model": model}
     else:
-        # Which sites go matters only where some go and some stay.
-        sites = len(calibrate(model, [images], score_sites=False).sites) if args.k else None
-        scored = sites is None or any(0 < k < sites for k in args.k)
-        plan, applied_to = calibrate(model, [images], metric="kl", seed=args.seed, score_sites=scored), {}
+        plan, applied_to = calibrate(model, [images[:_SCORED]], metric="kl", held_out=False, seed=args.seed), {}
     n = len(plan.sites)
     wanted = sorted(set(args.k if args.k is not None else (0, n // 2, n)))
     return list(plan.sites), {k: plan.apply(k, verify=True, **applied_to) for k in wanted}
@@ -175,9 +178,9 @@ def _compare(found: Any, expected: Any, tolerance: float, what: str) -> None:
 def _environment(args: argparse.Namespace, device: torch.device, images: Tensor) -> dict[str, Any]:
     gpu = device.type == "cuda"
     return {
-        "model": args.model.text, "input": list(images.shape), "dtype": args.dtype, "compiled": args.compile,
-        "device": torch.cuda.get_device_name(device) if gpu else _cpu(), "torch": torch.__version__,
-        "threads": torch.get_num_threads(), "date": datetime.date.today().isoformat(),
+        "model": args.model.text, "input": list(images.shape), "dtype": args.dtype, "autocast": args.autocast,
+        "compiled": args.compile, "device": torch.cuda.get_device_name(device) if gpu else _cpu(),
+        "torch": torch.__version__, "threads": torch.get_num_threads(), "date": datetime.date.today().isoformat(),
     }  # fmt: skip
 
 
@@ -190,9 +193,10 @@ def _cpu() -> str:
 
 
 def _title(where: dict[str, Any]) -> str:
-    compiled = ", torch.compile" if where["compiled"] else ""
+    how = f" under {where['autocast']} autocast" if where["autocast"] else ""
+    how += ", torch.compile" if where["compiled"] else ""
     return (
-        f"{where['model']}, input {'x'.join(map(str, where['input']))} {where['dtype']}{compiled}; {where['device']}, "
+        f"{where['model']}, input {'x'.join(map(str, where['input']))} {where['dtype']}{how}; {where['device']}, "
         f"{where['threads']} threads, torch {where['torch']}, {where['date']}"
     )
 
@@ -212,7 +216,8 @@ def _text(rows: list[Row]) -> str:
 def _save(folder: Path, where: dict[str, Any], data: dict[str, Any], text: str) -> str:
     """Write the JSON, the text and one CSV per part; the start of their names, which holds the conditions."""
     folder.mkdir(parents=True, exist_ok=True)
-    named = (where["model"], where["device"], f"torch{where['torch']}", where["dtype"], f"batch{where['input'][0]}")
+    dtype = where["autocast"] or where["dtype"]
+    named = (where["model"], where["device"], f"torch{where['torch']}", dtype, f"batch{where['input'][0]}")
     stem = "_".join(["bench", *(re.sub(r"[^\w.]+", "-", name).strip("-") for name in named)])
     (folder / f"{stem}.json").write_text(json.dumps(data, indent=1) + "\n")
     (folder / f"{stem}.txt").write_text(text + "\n")
