@@ -28,7 +28,10 @@ def main() -> None:
     model = getattr(models, args.model)().eval().to(args.device)
     loader = [(torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))) for _ in range(count // batch)]
     rows = []
-    for label, options, refit in (("mean", {}, False), ("rank 4 + refit", {"reduce": "rank", "rank": 4}, True)):
+    rank4 = {"reduce": "rank", "rank": 4}
+    for label, options, refit in (
+        ("mean", {}, False), ("rank 4 + refit", rank4, True), ("rank 4 + refit all", rank4, "all"),
+    ):  # fmt: skip
         on_gpu = args.device != "cpu"
         if on_gpu:
             torch.cuda.synchronize()
@@ -37,7 +40,7 @@ def main() -> None:
         started = time.perf_counter()
         plan = vmeanba_fx.calibrate(model, loader, metric="loss", progress=False, **options)
         scored = time.perf_counter()
-        plan.apply(len(plan.sites) // 2, **({"refit": True} if refit else {}))
+        plan.apply(len(plan.sites) // 2, refit=refit)
         if on_gpu:
             torch.cuda.synchronize()
         applied = time.perf_counter()
@@ -48,7 +51,7 @@ def main() -> None:
                 round((torch.cuda.max_memory_allocated() - before) / 1e9, 2) if on_gpu else "",
         })  # fmt: skip
         print(rows[-1], flush=True)
-    write_csv(args.out / "calibration_cost.csv", rows)
+        write_csv(args.out / "calibration_cost.csv", rows)
     text = [list(r.values()) for r in rows]
     note = "Scoring includes capture and the fits of all sites. Scores are the loss with each of the sites replaced in turn."
     write_markdown(args.out / "calibration_cost.md", "Cost of a calibration", list(rows[0]), text, [note, provenance()])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import TASKS, Task, parser, pick, read_csv, write_csv, write_markdown
+from common import TASKS, Task, drawn, parser, pick, read_csv, write_csv, write_markdown
 from torch import Tensor, fx
 from vmeanba_fx.passes.mean_scan import mean_scan_tensors, scan_arguments
 
@@ -119,13 +119,8 @@ def measure(task: Task, args) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     return rows, figure
 
 
-def plot(figures: dict[str, dict[str, Tensor]], folder: Path) -> None:
+def plot(plt, figures: dict[str, Tensor], path: Path) -> None:
     """Per task the site in the middle: bands over the channels along the sequence, and the histogram at the last position."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     fig, axes = plt.subplots(len(figures), 2, figsize=(11, 2.6 * len(figures)), squeeze=False, width_ratios=(3, 1))
     for (title, y), (left, right) in zip(figures.items(), axes, strict=True):
         for image, colour in zip(y, ("tab:blue", "tab:orange", "tab:green"), strict=False):
@@ -137,7 +132,7 @@ def plot(figures: dict[str, dict[str, Tensor]], folder: Path) -> None:
         right.set(title=f"l = {y.shape[-1] - 1}", xlabel="y")
     fig.suptitle("y = scan + D u of three images: median and 10 to 90 % of the channels")
     fig.tight_layout()
-    fig.savefig(folder / "channel_statistics.png", dpi=110)
+    fig.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -168,10 +163,7 @@ def main() -> None:
     write_markdown(args.out / "channel_statistics.md", "Channel statistics (Figure 3)", head, text, [note, origin])
     kept = args.out / "channel_statistics.pt"
     if kept.is_file():
-        try:
-            plot(torch.load(kept, weights_only=True), args.out)
-        except ImportError:
-            print("no matplotlib here: draw with --plot-only where it is installed")
+        drawn(plot, torch.load(kept, weights_only=True), args.out / "channel_statistics.png")
 
 
 if __name__ == "__main__":

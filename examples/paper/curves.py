@@ -18,24 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import (
-    SHORT,
-    TASKS,
-    VARIANTS,
-    Study,
-    Variant,
-    parser,
-    pick,
-    read_csv,
-    write_csv,
-    write_markdown,
-)  # fmt: skip
+from common import SHORT, TASKS, VARIANTS, Study, Variant, drawn, parser, pick, read_csv, write_csv, write_tables
 
 PANELS = {
     "classification": ("v05", "v0", "deep"),
     "segmentation": ("segmentation", "segmentation_scans"),
     "scan-dependent": ("scan_v05_digits", "scan_v0_digits", "scan_v05_fashion", "scan_v0_fashion"),
-    "live": ("scan_live_digits", "scan_vim_digits"),
+    "live": ("scan_live_digits", "scan_vim_digits", "scan_mambavision_digits", "mambavision_fashion"),
 }
 
 
@@ -118,35 +107,24 @@ def cell(values: list[float] | None) -> str:
 def tabulated(folder: Path) -> None:
     drops, bases, origins = collected(folder)
     for panel, names in PANELS.items():
-        parts = []
-        for name in (n for n in names if n in drops):
-            task, ks = TASKS[name], sorted({k for of in drops[name].values() for k in of})
+        tables, shown = [], [n for n in names if n in drops]
+        for name in shown:
+            ks = sorted({k for of in drops[name].values() for k in of})
             rows = [[SHORT[v], *(cell(drops[name][v].get(k)) for k in ks)] for v in VARIANTS if v in drops[name]]
-            parts.append((task, ks, rows))
-        if not parts:
+            title = f"{TASKS[name].title}: {bases[name]:.2f} % {TASKS[name].measure}"
+            tables.append((title, ["variant", *(f"K={k}" for k in ks)], rows))
+        if not shown:
             continue
-        path = folder / f"curves_{panel}.md"
-        notes = [
+        note = (
             "Drop of the test measure in points, mean and standard deviation over the seeds of the calibration data. "
             "Negative: better than the original."
-        ]
-        text = []
-        for task, ks, rows in parts:
-            title = f"{task.title}: {bases[task.name]:.2f} % {task.measure}"
-            write_markdown(path, title, ["variant", *(f"K={k}" for k in ks)], rows, [])
-            text.append(path.read_text(encoding="utf-8"))
-        own = [o for o in origins if any(o.startswith(f"{t.name}_seed") for t, _, _ in parts)]
-        path.write_text("\n".join([*text, *notes, "", *(f"* {o}" for o in own)]) + "\n", encoding="utf-8")
-        plot(panel, drops, bases, folder)
+        )
+        own = [f"* {o}" for o in origins if any(o.startswith(f"{name}_seed") for name in shown)]
+        write_tables(folder / f"curves_{panel}.md", tables, [note, "", *own])
+        drawn(plot, folder / f"curves_{panel}.png", shown, drops, bases)
 
 
-def plot(panel: str, drops: dict, bases: dict[str, float], folder: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    names = [n for n in PANELS[panel] if n in drops]
+def plot(plt, path: Path, names: list[str], drops: dict, bases: dict[str, float]) -> None:
     fig, axes = plt.subplots(1, len(names), figsize=(5.2 * len(names), 4.2), squeeze=False)
     for name, ax in zip(names, axes[0], strict=True):
         for variant, style in VARIANTS.items():
@@ -162,8 +140,7 @@ def plot(panel: str, drops: dict, bases: dict[str, float], folder: Path) -> None
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7)
     fig.tight_layout()
-    fig.savefig(folder / f"curves_{panel}.png", dpi=110)
-    plt.close(fig)
+    fig.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -180,10 +157,7 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     if not args.plot_only:
         run(args)
-    try:
-        tabulated(args.out)
-    except ImportError:
-        print("no matplotlib here: draw with --plot-only where it is installed")
+    tabulated(args.out)
 
 
 if __name__ == "__main__":

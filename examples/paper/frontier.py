@@ -1,166 +1,221 @@
 """Speed against accuracy: time on a GPU of every variant, joined with the drops that curves.py measured.
 
-    python examples/paper/frontier.py --device cuda
+    python examples/paper/frontier.py --device cuda --official vmamba.py --scan-extension selective_scan_cuda_oflex.so
     python examples/paper/frontier.py --plot-only
 
-Times are of the fully rewritten graphs under fp16 autocast, eager and as one CUDA graph (which is what is left where launches
-cost nothing). Refitting changes weights, not time. `vmamba_tiny_s1l8` has no accuracy here (random weights): it shows what
-the rank costs at full size.
+Times are in fp16 (autocast, baked into our graphs), eager and as one CUDA graph, which is what is left where launches cost
+nothing; with `--compile` of compiled models. The baseline is the official file with its own CUDA scan; without `--official`,
+this package's VMamba as it is. "lossy pass alone" leaves the exact passes out, as the paper's authors do. Refitting changes
+weights, not time. `vmamba_tiny_s1l8` has random weights and thus no accuracy: it shows what a rank costs at full size.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
-from common import SHORT, TASKS, VARIANTS, parser, pick, read_csv, write_csv, write_markdown
+from common import ROOT, SHORT, TASKS, VARIANTS, drawn, parser, pick, read_csv, write_csv, write_tables
 from curves import collected
 from torch import Tensor, nn
 
 import vmeanba_fx
 from vmeanba_fx import models
+from vmeanba_fx.models import factories
+from vmeanba_fx.timing import timed as timed_on_cpu
 
-REDUCTIONS = ("mean", "rank1", "rank4", "rank16")
+sys.path.insert(0, str(ROOT))  # for benchmarks, and the tests that they use
+from benchmarks.end_to_end import LIMITS, GraphReplay, load_official, relative, scan_as_op, timed
+from tests.helpers import make_scan_matter
+
+FULL_SIZE = "vmamba_tiny_s1l8"
+REDUCTIONS = ("mean", "rank1", "rank2", "rank4", "rank16")
+ALL, ALONE = "all passes", "lossy pass alone"
+# Of several modes that were timed, the first is drawn.
+MODES = ("compiled, CUDA graph", "CUDA graph", "eager")
 # Published on other data: (speed-up, points lost at most).
-PUBLISHED = {"QuarterMap, published on ImageNet: 11 %, < 0.9 points": (1.11, 0.9),
-             "VMeanba, published on ImageNet: 12 %, < 3 points": (1.12, 3.0)}  # fmt: skip
+PUBLISHED = {"QuarterMap": (1.11, 0.9), "VMeanba": (1.12, 3.0)}
 
 
-def replayed(model: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], None]:
-    """One forward pass as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            model(images)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        model(images)
-    return graph.replay
+# -- times ------------------------------------------------------------------------------------------------------------
 
 
-def milliseconds(run: Callable[[], Any], on_gpu: bool, seconds: float = 0.4) -> float:
-    """Median time of a call."""
-    run()
-    times: list[float] = []
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until or len(times) < 5:
-        if on_gpu:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            begun = time.perf_counter()
-            run()
-            times.append(1e3 * (time.perf_counter() - begun))
-    return statistics.median(times)
+def times(
+    model: nn.Module, images: Tensor, expected: Tensor | None, compiled: bool, amp: bool, official: Any
+) -> Iterator[dict[str, Any]]:
+    """Rows of mode and milliseconds. ``expected``: outputs, where the function is the same; wrong ones are not timed.
+
+    amp: run under autocast; our rewritten graphs hold its casts. official: the official module, where ``model`` is its.
+    """
+    if not images.is_cuda:
+        yield {"mode": "eager", "ms": round(1e3 * statistics.median(timed_on_cpu([model], (images,), {})[0]), 4)}
+        return
+
+    def measured(mode: str, run: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        autocast = torch.autocast("cuda", torch.float16, enabled=amp, cache_enabled=False)
+        try:
+            with torch.inference_mode(), autocast:
+                error = 0.0 if expected is None else relative(run(images).float(), expected)
+                ms = round(timed(run, images, 0.3)[0], 4) if error <= LIMITS["amp16"] else f"wrong outputs ({error:.1e})"
+        except RuntimeError as error:
+            ms = f"failed: {str(error).splitlines()[0][:60]}"
+        return {"mode": mode, "ms": ms}
+
+    yield measured("eager", model)
+    yield measured("CUDA graph", GraphReplay(model))
+    if compiled:
+        with scan_as_op(official) if official else contextlib.nullcontext():
+            yield measured("compiled, CUDA graph", GraphReplay(torch.compile(model, dynamic=False)))
+        torch._dynamo.reset()
 
 
-def timed(model: nn.Module, images: Tensor) -> dict[str, float]:
-    on_gpu = images.is_cuda
-    with torch.inference_mode(), torch.autocast(images.device.type, torch.float16, enabled=on_gpu, cache_enabled=False):
-        row = {"eager_ms": milliseconds(functools.partial(model, images), on_gpu)}
-        row["graph_ms"] = milliseconds(replayed(model, images), on_gpu) if on_gpu else row["eager_ms"]
-    return {key: round(value, 4) for key, value in row.items()}
+def measure(name: str, build: Callable[[], nn.Module], data: list, images: Tensor, ks: list[int] | None, args) -> None:
+    """Times a model and its forms, and writes as it goes. ``data``: batches that choose the sites; without labels, the last."""
+    path, rows = args.out / "frontier" / f"{name}{args.tag}.csv", []
+    until = time.perf_counter() + args.seconds
 
+    def add(variant: str, k: int, passes: str, model: nn.Module, expected: Tensor | None, official: Any = None) -> None:
+        whole = passes == ALL
+        if whole and images.is_cuda:
+            model = vmeanba_fx.bake_autocast(model, torch.float16)
+        for row in times(model, images, expected, args.compile and (whole or not rows), not whole, official):
+            rows.append({"task": name, "variant": variant, "k": k, "passes": passes} | row)
+            print(rows[-1], flush=True)
+            write_csv(path, rows)
 
-def measure(name: str, model: nn.Module, calibration: Tensor, images: Tensor, ks: list[int], path: Path) -> None:
-    """Times the model and its forms, and writes as it goes."""
-    rows: list[dict[str, Any]] = [{"task": name, "variant": "original", "k": 0} | timed(model, images)]
-    graph = vmeanba_fx.capture(model, (calibration[:2],))
-    for reduction in REDUCTIONS:
+    model = build().eval().to(images.device)
+    with torch.inference_mode(), torch.autocast("cuda", torch.float16, enabled=images.is_cuda):
+        expected = model(images).float()
+    if args.official:
+        module = load_official(args.official, args.scan_extension)
+        with mock.patch.object(factories, "VSSM", module.VSSM):
+            baseline = build_like(name).eval().to(images.device)
+        baseline.load_state_dict(model.state_dict())
+        add("official", 0, "", baseline, expected, module)
+    graph = vmeanba_fx.capture(model, (data[0][0][:2],))
+    add("captured, no pass", 0, "", graph, expected)
+    scored = len(data[0]) > 1
+    for reduction in args.reductions:
         rank = reduction.removeprefix("rank")
         options = {} if reduction == "mean" else {"reduce": "rank", "rank": int(rank)}
-        plan = vmeanba_fx.calibrate(graph, [calibration], metric="kl", progress=False, **options)
-        for k in ks:
-            if k or reduction == "mean":
-                rows.append({"task": name, "variant": reduction, "k": k} | timed(plan.apply(k), images))
-                print(rows[-1], flush=True)
-                write_csv(path, rows)
+        metric = "loss" if scored else "kl"
+        plan = vmeanba_fx.calibrate(graph, data, metric=metric, held_out=False, score_sites=scored, progress=False, **options)
+        names = [s.name for s in plan.sites]
+        exact = [r.name for r in vmeanba_fx.report(plan.apply(0)).passes if r.exact]
+        for k in ks or range(len(names) + 1):
+            if time.perf_counter() > until:
+                return
+            if k == 0 and reduction != "mean":
+                continue
+            choice = {"k": k} if scored or not k else {"sites": names[len(names) - k :]}
+            add(reduction, k, ALL, plan.apply(**choice), None if k else expected)
+            if k and reduction in ("mean", "rank4"):
+                add(reduction, k, ALONE, plan.apply(**choice, skip_passes=exact), None)
+
+
+def build_like(name: str) -> nn.Module:
+    return TASKS[name].build() if name in TASKS else getattr(models, name)()
 
 
 def run(args) -> None:
     on_gpu = args.device != "cpu"
+    for task in pick(args.tasks):
+        count = 16 if args.quick else 256
+        data = [task.load(args.data, True, count, 0, args.device)]
+        images, _ = task.load(args.data, False, 4 if args.quick else 500, 0, args.device)
+        measure(task.name, functools.partial(task.model, args.device), data, images, [0, 1] if args.quick else args.ks, args)
     if args.full_size:
         torch.manual_seed(0)
-        model = models.vmamba_tiny_s1l8().eval().to(args.device)
         images = torch.randn(128 if on_gpu else 2, 3, 224, 224, device=args.device)
-        measure(
-            "vmamba_tiny_s1l8", model, images[:16], images, [0, 7, 14], args.out / "frontier" / "vmamba_tiny_s1l8.csv"
-        )
-    for task in pick(args.tasks):
-        calibration, _ = task.load(args.data, True, 16 if args.quick else 64, 0, args.device)
-        images, _ = task.load(args.data, False, 4 if args.quick else 500, 0, args.device)
-        n = len(vmeanba_fx.find_sites(vmeanba_fx.capture(task.model("cpu"), (calibration[:2].cpu(),)), probe=False))
-        ks = [0, n] if args.quick else [k for k in (0, 5, 7, 14) if k < n] + [n]
-        measure(task.name, task.model(args.device), calibration, images, ks, args.out / "frontier" / f"{task.name}.csv")
+        measure(FULL_SIZE, lambda: make_scan_matter(getattr(models, FULL_SIZE)()), [(images[:16],)], images, [0, 7, 14], args)
 
 
-def tabulated(args) -> None:
-    parts = []
-    drops, *_ = collected(args.out)
-    for path in sorted((args.out / "frontier").glob("*.csv")):
+# -- tables and plots -------------------------------------------------------------------------------------------------
+
+
+def joined(rows: list[dict[str, str]]) -> tuple[str, dict[tuple[str, int, str], float]]:
+    """The mode that is drawn, and its times by variant, k and passes."""
+    first = rows[0]["variant"]  # the baseline
+    mode = next(m for m in MODES if any(r["mode"] == m and r["variant"] == first for r in rows))
+    return mode, {
+        (r["variant"], int(r["k"]), r["passes"]): float(r["ms"])
+        for r in rows if r["mode"] == mode and r["ms"].replace(".", "").isdigit()
+    }  # fmt: skip
+
+
+def points(ms: dict, drops: dict[str, dict[int, list[float]]], name: str, passes: str) -> list[tuple[float, float]]:
+    """(speed-up over the baseline, points lost) of a variant of curves.py, by k, from k = 0 on."""
+    base, reduction = baseline_of(ms), name.split("_")[0]
+    start = [(base / ms["mean", 0, ALL], 0.0)] if passes == ALL and ("mean", 0, ALL) in ms else []
+    found = [
+        (base / ms[reduction, k, passes], statistics.fmean(values))
+        for k, values in sorted(drops.get(name, {}).items()) if (reduction, k, passes) in ms
+    ]  # fmt: skip
+    return start + found if found else []
+
+
+def baseline_of(ms: dict) -> float:
+    return ms.get(("official", 0, ""), ms["captured, no pass", 0, ""])
+
+
+def tables(folder: Path) -> Iterator[tuple[str, list[str], list[list[str]], list[str]]]:
+    drops, *_ = collected(folder)
+    for path in sorted((folder / "frontier").glob("*.csv")):
         rows, origin = read_csv(path)
-        base = float(rows[0]["graph_ms"])
-        rank1 = {r["k"]: float(r["graph_ms"]) for r in rows if r["variant"] == "rank1"}
-        text = []
+        modes = [m for m in reversed(MODES) if any(r["mode"] == m for r in rows)]
+        cells: dict[tuple[str, int, str], dict[str, str]] = {}
         for r in rows:
-            found = [
-                f"{v.name}: {statistics.fmean(of[int(r['k'])]):.2f}"
-                for v, of in ((VARIANTS[name], of) for name, of in drops.get(path.stem, {}).items())
-                if v.name.split("_")[0] == r["variant"] and int(r["k"]) in of
-            ]
-            ratio = float(r["graph_ms"]) / rank1[r["k"]] if r["k"] in rank1 and r["variant"] != "original" else None
-            text.append([
-                r["variant"], r["k"], r["eager_ms"], r["graph_ms"], f"{base / float(r['graph_ms']):.2f}",
-                f"{ratio:.3f}" if ratio else "", "; ".join(found),
-            ])  # fmt: skip
-        head = ["variant", "K", "eager, ms", "CUDA graph, ms", "speed-up", "time / rank 1", "drop, points"]
-        title = TASKS[path.stem].title if path.stem in TASKS else path.stem
-        write_markdown(args.out / "frontier.md", title, head, text, [origin])
-        parts.append((args.out / "frontier.md").read_text(encoding="utf-8"))
-    (args.out / "frontier.md").write_text("\n".join(parts), encoding="utf-8")
-    plot(args.out, drops)
+            cells.setdefault((r["variant"], int(r["k"]), r["passes"]), {})[r["mode"]] = r["ms"]
+        mode, ms = joined(rows)
+        of = drops.get(rows[0]["task"], {})
+        text = []
+        for (variant, k, passes), found in cells.items():
+            lost = [
+                f"{SHORT[n]}: {statistics.fmean(of[n][k]):.2f}"
+                for n in VARIANTS if n.split("_")[0] == variant and k in of.get(n, {})
+            ]  # fmt: skip
+            speed = f"{baseline_of(ms) / ms[variant, k, passes]:.2f}" if (variant, k, passes) in ms else ""
+            rank1 = ms.get(("rank1", k, passes))
+            ratio = f"{ms[variant, k, passes] / rank1:.3f}" if rank1 and variant.startswith("rank") else ""
+            text.append([variant, str(k), passes, *(found.get(m, "") for m in modes), speed, ratio, "; ".join(lost)])
+        head = ["variant", "K", "passes", *(f"{m}, ms" for m in modes), f"speed-up ({mode})", "time / rank 1", "points lost"]
+        title = TASKS[rows[0]["task"]].title if rows[0]["task"] in TASKS else f"{rows[0]['task']}, 224 px, random weights"
+        yield title, head, text, [origin]
 
 
-def plot(folder, drops) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    paths = [p for p in sorted((folder / "frontier").glob("*.csv")) if p.stem in drops]
-    if not paths:
+def plot(plt, folder: Path) -> None:
+    drops, *_ = collected(folder)
+    shown = [(rows[0]["task"], *joined(rows)) for rows, _ in map(read_csv, sorted((folder / "frontier").glob("*.csv")))]
+    shown = [(task, mode, ms) for task, mode, ms in shown if task in drops]
+    if not shown:
         return
-    fig, axes = plt.subplots(1, len(paths), figsize=(5.4 * len(paths), 4.4), squeeze=False)
-    for path, ax in zip(paths, axes[0], strict=True):
-        rows, _ = read_csv(path)
-        base = float(rows[0]["graph_ms"])
-        times = {(r["variant"], int(r["k"])): base / float(r["graph_ms"]) for r in rows}
-        kept = times.get(("mean", 0))
-        for name, variant in VARIANTS.items():
-            points = [
-                (times[name.split("_")[0], k], -statistics.fmean(values))
-                for k, values in sorted(drops[path.stem].get(name, {}).items())
-                if (name.split("_")[0], k) in times
-            ]
-            if points:
-                ax.plot(*zip(*([(kept, 0.0)] if kept else []) + points, strict=True), variant.line, label=SHORT[name], ms=5)
-        for (label, (speed, lost)), colour in zip(PUBLISHED.items(), ("tab:purple", "tab:red"), strict=True):
-            ax.axvline(speed, color=colour, lw=0.8, ls=":")
-            ax.axhline(-lost, color=colour, lw=0.8, ls=":", label=label)
-        ax.set(title=TASKS[path.stem].title, xlabel="speed-up over the model as given (CUDA graph, fp16)", ylabel="points")
+    fig, axes = plt.subplots(1, len(shown), figsize=(5.6 * len(shown), 4.6), squeeze=False)
+    for (task, mode, ms), ax in zip(shown, axes[0], strict=True):
+        for passes, faded in ((ALL, 1.0), (ALONE, 0.35)):
+            for name, variant in VARIANTS.items():
+                if found := points(ms, drops[task], name, passes):
+                    label = SHORT[name] + ("" if passes == ALL else ", exact passes left out")
+                    ax.plot(*zip(*found, strict=True), variant.line, label=label, ms=5, alpha=faded)
+        ax.plot(1.0, 0.0, "ks", ms=6, label="official" if ("official", 0, "") in ms else "model as given")
+        if ("mean", 0, ALL) in ms:
+            ax.plot(baseline_of(ms) / ms["mean", 0, ALL], 0.0, "k*", ms=11, label="k = 0: exact passes only", zorder=3)
+        for (who, (speed, lost)), colour in zip(PUBLISHED.items(), ("tab:purple", "tab:red"), strict=True):
+            ax.plot([1.0, speed, speed], [lost, lost, 0.0], color=colour, lw=1, ls=":")
+            percent = f"{100 * (speed - 1):.0f} %, < {lost:g}"
+            ax.plot(speed, lost, "v", color=colour, ms=6, label=f"{who}: {percent} (published, ImageNet)")
+        ax.set(title=TASKS[task].title, xlabel=f"speed-up over the official model ({mode}, fp16)", ylabel="points lost")
+        ax.set_yscale("symlog", linthresh=1.0)
+        ax.set_yticks([0, 0.5, 1, 2, 5, 10], ["0", "0.5", "1", "2", "5", "10"])
+        ax.invert_yaxis()
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=6)
+        ax.legend(fontsize=6, loc="lower left")
     fig.tight_layout()
     fig.savefig(folder / "frontier.png", dpi=110)
 
@@ -168,15 +223,21 @@ def plot(folder, drops) -> None:
 def main() -> None:
     p = parser(__doc__)
     p.add_argument("--tasks", nargs="*", choices=list(TASKS), default=["v05", "v0", "deep"])
-    p.add_argument("--full-size", action="store_true", help="time vmamba_tiny_s1l8 at 224 px as well")
+    p.add_argument("--full-size", action="store_true", help=f"time {FULL_SIZE} at 224 px as well")
+    p.add_argument("--reductions", nargs="+", choices=REDUCTIONS, default=list(REDUCTIONS))
+    p.add_argument("--ks", nargs="+", type=int, help="which k (default: all)")
+    p.add_argument("--official", help="path of the official vmamba.py")
+    p.add_argument("--scan-extension", help="path of the official selective_scan_cuda_oflex shared object")
+    p.add_argument("--compile", action="store_true", help="time compiled models as well")
+    p.add_argument("--seconds", type=float, default=1e9, help="stop after this time; what is measured is kept")
+    p.add_argument("--tag", default="", help="added to the names of the files")
     p.add_argument("--plot-only", action="store_true", help="tabulate and draw the files that are there")
     args = p.parse_args()
     if not args.plot_only:
         run(args)
-    try:
-        tabulated(args)
-    except ImportError:
-        print("no matplotlib here: draw with --plot-only where it is installed")
+    note = "Points lost: on the test split, from the curves; mean over the seeds."
+    write_tables(args.out / "frontier.md", tables(args.out), [note])
+    drawn(plot, args.out)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,19 @@ over the whole model or layer by layer. Sites are scored and fitted on the prune
 
 from __future__ import annotations
 
+import argparse
+import itertools
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import SHORT, TASKS, VARIANTS, Study, parser, pick, read_csv, write_csv, write_markdown
+from common import SHORT, TASKS, VARIANTS, Study, parser, pick, read_csv, write_csv, write_tables
 from torch import nn
 from torch.nn.utils import prune
 
-SHARES = (0.0, 0.2, 0.4, 0.6)
+SHARES = (0.0, 0.4, 0.6, 0.2)  # in order of interest
 SCOPES = ("global", "per layer")
 
 
@@ -40,62 +44,67 @@ def prune_model(model: nn.Module, share: float, scope: str) -> float:
     return sum(int((t == 0).sum()) for t in tensors) / sum(t.numel() for t in tensors)
 
 
-def run(study: Study, variants: list[str], quick: bool, path: Path) -> None:
+def run(study: Study, args: argparse.Namespace, path: Path) -> None:
     """Measures and writes as it goes."""
     rows: list[dict[str, Any]] = []
+    until = time.perf_counter() + args.seconds
     n = len(study.sites)
     unpruned = study.task.model("cpu").state_dict()
-    for scope in SCOPES:
-        for share in SHARES[::2] if quick else SHARES:
-            model = study.task.build()
-            model.load_state_dict(unpruned)
-            zeros = prune_model(model, share, scope)
-            study.use_weights(model.state_dict())
-            pruned = study.measure(study.model)
-            row = {"task": study.task.name, "scope": scope, "pruned": share, "zeros": round(zeros, 4)}
-            rows.append(row | {"variant": "original", "k": 0, "value": round(pruned, 3), "drop": round(study.base - pruned, 3)})
-            for name in variants:
-                for k in (n // 2, n):
-                    value = study.measure(study.apply(VARIANTS[name], k))
-                    rows.append(row | {"variant": name, "k": k, "value": round(value, 3), "drop": round(study.base - value, 3)})
-            print(*rows[-1 - 2 * len(variants) :], sep="\n", flush=True)
-            write_csv(path, rows)
+    for share, scope in itertools.product(SHARES[:2] if args.quick else args.shares, args.scopes):
+        if time.perf_counter() > until:
+            break
+        model = study.task.build()
+        model.load_state_dict(unpruned)
+        zeros = prune_model(model, share, scope)
+        study.use_weights(model.state_dict())
+        pruned = study.measure(study.model)
+        row = {"task": study.task.name, "scope": scope, "pruned": share, "zeros": round(zeros, 4)}
+        rows.append(row | {"variant": "original", "k": 0, "value": round(pruned, 3), "drop": round(study.base - pruned, 3)})
+        for name in args.variants:
+            for k in (n // 2, n):
+                value = study.measure(study.apply(VARIANTS[name], k))
+                rows.append(row | {"variant": name, "k": k, "value": round(value, 3), "drop": round(study.base - value, 3)})
+                write_csv(path, rows)
+        print(*rows[-1 - 2 * len(args.variants) :], sep="\n", flush=True)
 
 
-def table(rows: list[dict[str, str]], task: str) -> tuple[list[str], list[list[str]]]:
-    """One line per scope and variant, one column per share; cells are drops against the unpruned original."""
-    mine = [r for r in rows if r["task"] == task]
-    shares = sorted({float(r["pruned"]) for r in mine})
-    lines: dict[tuple[str, str, int], dict[float, str]] = {}
-    for r in mine:
-        lines.setdefault((r["scope"], r["variant"], int(r["k"])), {})[float(r["pruned"])] = f"{float(r['drop']):.2f}"
-    head = ["pruning", "replaced", *(f"{100 * s:.0f} % pruned" for s in shares)]
-    text = [
-        [scope, "nothing" if not k else f"{k} sites, {SHORT[variant]}", *(found.get(s, "") for s in shares)]
-        for (scope, variant, k), found in lines.items()
-    ]
-    return head, text
+def tables(folder: Path) -> Iterator[tuple[str, list[str], list[list[str]], list[str]]]:
+    """A task each: one line per scope and variant, one column per share; cells are drops against the unpruned original."""
+    found: dict[str, list[dict[str, str]]] = {}
+    origins: dict[str, list[str]] = {}
+    for path in sorted((folder / "pruning").glob("*.csv")):
+        rows, origin = read_csv(path)
+        found.setdefault(rows[0]["task"], []).extend(rows)
+        origins.setdefault(rows[0]["task"], []).append(f"* {path.name}: {origin}")
+    for name, rows in found.items():
+        shares = sorted({float(r["pruned"]) for r in rows})
+        lines: dict[tuple[str, str, int], dict[float, str]] = {}
+        for r in sorted(rows, key=lambda r: SCOPES.index(r["scope"])):
+            lines.setdefault((r["scope"], r["variant"], int(r["k"])), {})[float(r["pruned"])] = f"{float(r['drop']):.2f}"
+        text = [
+            [scope, "nothing" if not k else f"{k} sites, {SHORT[variant]}", *(cells.get(s, "") for s in shares)]
+            for (scope, variant, k), cells in lines.items()
+        ]
+        base = float(rows[0]["value"]) + float(rows[0]["drop"])
+        title = f"{TASKS[name].title}: {base:.2f} % {TASKS[name].measure}"
+        yield title, ["pruning", "replaced", *(f"{100 * s:.0f} % pruned" for s in shares)], text, ["\n".join(origins[name])]
 
 
 def main() -> None:
     p = parser(__doc__)
     p.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["v05", "v0", "deep"])
     p.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["mean", "rank4_refit"])
+    p.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of the weights that are pruned")
+    p.add_argument("--scopes", nargs="+", choices=SCOPES, default=SCOPES)
+    p.add_argument("--seconds", type=float, default=1e9, help="start nothing new after this time")
+    p.add_argument("--tag", default="", help="added to the names of the files")
     p.add_argument("--plot-only", action="store_true", help="only make the tables from the files that are there")
     args = p.parse_args()
     if not args.plot_only:
         for task in pick(args.tasks):
-            run(Study(task, args), args.variants, args.quick, args.out / "pruning" / f"{task.name}.csv")
-    parts = []
-    for path in sorted((args.out / "pruning").glob("*.csv")):
-        rows, origin = read_csv(path)
-        task = TASKS[path.stem]
-        base = next(float(r["value"]) + float(r["drop"]) for r in rows)
-        title = f"{task.title}: {base:.2f} % {task.measure}"
-        write_markdown(args.out / "pruning.md", title, *table(rows, path.stem), [origin])
-        parts.append((args.out / "pruning.md").read_text(encoding="utf-8"))
-    note = "Drop against the unpruned original in points, on the test split.\n"
-    (args.out / "pruning.md").write_text("\n".join([*parts, note]), encoding="utf-8")
+            run(Study(task, args), args, args.out / "pruning" / f"{task.name}{args.tag}.csv")
+    note = "Drop against the unpruned original in points, on the test split."
+    write_tables(args.out / "pruning.md", tables(args.out), [note])
 
 
 if __name__ == "__main__":

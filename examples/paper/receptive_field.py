@@ -8,10 +8,11 @@ the image, averaged over test images: how far does the middle see?
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from common import SHORT, TASKS, VARIANTS, batches, parser, pick, read_csv, write_csv, write_markdown
+from common import SHORT, TASKS, VARIANTS, batches, drawn, parser, pick, read_csv, write_csv, write_markdown
 from torch import Tensor, nn
 
 import vmeanba_fx
@@ -97,12 +98,7 @@ def rows_of(name: str, args) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     return rows, fields
 
 
-def plot(kept: dict[str, dict[str, Tensor]], folder) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+def plot(plt, kept: dict[str, dict[str, Tensor]], path: Path) -> None:
     columns = ["original", "mean", "rank4", "rank4_refit"]
     fig, axes = plt.subplots(len(kept), len(columns), figsize=(2.5 * len(columns), 2.6 * len(kept)), squeeze=False)
     for (name, fields), line in zip(kept.items(), axes, strict=True):
@@ -113,7 +109,7 @@ def plot(kept: dict[str, dict[str, Tensor]], folder) -> None:
             ax.axis("off")
     fig.suptitle("gradient energy, log10", fontsize=9)
     fig.tight_layout()
-    fig.savefig(folder / "receptive_field.png", dpi=110)
+    fig.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -137,10 +133,7 @@ def main() -> None:
     text = [list(r.values()) for r in rows]
     write_markdown(args.out / "receptive_field.md", "Effective receptive field", list(rows[0]), text, [note, origin])
     if maps.is_file():
-        try:
-            plot(torch.load(maps, weights_only=True), args.out)
-        except ImportError:
-            print("no matplotlib here: draw with --plot-only where it is installed")
+        drawn(plot, torch.load(maps, weights_only=True), args.out / "receptive_field.png")
 
 
 if __name__ == "__main__":

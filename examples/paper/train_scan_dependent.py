@@ -1,5 +1,7 @@
 """Trains small models that cannot do without their scans: three blocks, no depthwise convolution, 4x4 patches.
 
+And one with MambaVision's mixers, convolutions and attention, which can.
+
     python examples/paper/train_scan_dependent.py --device cuda
 
 The last lines tell what is left where all scans are deleted.
@@ -18,7 +20,7 @@ STEPS = {"digits": 3000, "fashion": 4000}
 BATCH = {"digits": 128, "fashion": 256}
 LR, SHIFT = 4e-3, 3
 NAMES = [f"scan_{kind}_{data}" for data in ("digits", "fashion") for kind in ("v05", "v0")]
-NAMES += ["scan_live_digits", "scan_vim_digits"]
+NAMES += ["scan_live_digits", "scan_vim_digits", "scan_mambavision_digits", "mambavision_fashion"]
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from vmeanba_fx.ops import selective_scan
 
 
 class Direction(nn.Module):
-    """One selective scan of (B, E, L) with its projections, gated by z (B, E, L)."""
+    """One selective scan of (B, E, L) with its projections, gated by z (B, E, L) where there is one."""
 
     def __init__(self, inner: int, state: int, rank: int) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Direction(nn.Module):
         self.dt_weight = nn.Parameter(torch.randn(inner, rank) * rank**-0.5)
         self.dt_bias = nn.Parameter(torch.empty(inner).uniform_(-4.0, 0.0))
 
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         dt, B, C = self.x_proj(x.transpose(1, 2)).split([self.rank, self.state, self.state], dim=-1)
         return selective_scan(
             x, (dt @ self.dt_weight.T).transpose(1, 2), -torch.exp(self.A_log.float()), B.transpose(1, 2)[:, None],
