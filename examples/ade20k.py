@@ -1,7 +1,8 @@
 """VMamba + UperNet on ADE20k: score the scans, replace k of them, measure mIoU on the validation images.
 
     python examples/ade20k.py /data/ADEChallengeData2016 --model vmamba_tiny_s1l8 \\
-        --weights upernet_vssm_4xb4-160k_ade20k-512x512_tiny.pth --device cuda -k 0 4 7 14
+        --weights upernet_vssm_4xb4-160k_ade20k-512x512_tiny.pth --device cuda -k 0 4 7 14 \\
+        --rank 4 --refit all
 
 The data folder is the one of the SceneParsing benchmark: `images/{training,validation}/*.jpg` and
 `annotations/{training,validation}/*.png`, where 0 is unlabelled and 1 to 150 are the classes. Images are prepared as usual:
@@ -106,16 +107,15 @@ def main() -> None:
     p.add_argument("--size", type=int, default=512, help="shorter side, and side of the windows")
     p.add_argument("--classes", type=int, default=150)
     p.add_argument("--channels", type=int, default=512, help="channels of the UperNet head")
-    p.add_argument(
-        "--ignore", nargs="*", default=["auxiliary_head.*"], help="keys of the checkpoint that the model lacks"
-    )
+    p.add_argument("--ignore", nargs="*", default=["auxiliary_head.*"],
+                   help="keys of the checkpoint that the model lacks; alone, without a key, for none")  # fmt: skip
     args = p.parse_args()
     test = Scenes(args.data, "validation", args.size, limit=args.test_images)
     scenes = Scenes(args.data, "training", args.size, limit=args.calibration_images, seed=args.seed)
     model = models.UperNet(models.backbone(args.model, in_chans=3), args.classes, args.channels)
     models.load_checkpoint(model, args.weights, ignore=args.ignore).eval().to(args.device)
     plan = calibrated(model, Crops(scenes, args.seed), args)
-    print(curve(plan, model, lambda m: mean_iou(m, test, args.classes, args.device), args.k, "mIoU"))
+    print(curve(plan, model, lambda m: mean_iou(m, test, args.classes, args.device), "mIoU", args))
     print(f"{len(test)} validation images; calibrated on {len(scenes)} training images")
 
 

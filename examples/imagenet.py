@@ -1,7 +1,9 @@
 """VMamba on ImageNet-1k: score the scans, replace k of them, measure top-1 on the validation images.
 
     python examples/imagenet.py /data/imagenet --model vmamba_tiny_s1l8 --weights vssm1_tiny_0230s_ckpt_epoch_264.pth \\
-        --device cuda -k 0 4 7 14
+        --device cuda -k 0 4 7 14 --rank 4 --refit all
+
+Without --rank and --refit, the method as published.
 
 The data folder has `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`; classes are numbered in the order of their names. Images are
 prepared as usual: shorter side to 256 (bicubic), the central 224x224, ImageNet's mean and deviation. Needs Pillow.
@@ -80,6 +82,8 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     p.add_argument("--model", default="vmamba_tiny_s1l8", help="name in vmeanba_fx.models (default: vmamba_tiny_s1l8)")
     p.add_argument("--weights", type=Path, required=True, help="official checkpoint")
     p.add_argument("-k", type=int, nargs="+", help="numbers of sites to replace (default: 0, a quarter, half, all)")
+    p.add_argument("--rank", type=int, metavar="R", help="scan R fitted channels in each direction instead of the mean")
+    p.add_argument("--refit", choices=("next", "all"), help="refit the layer behind each replaced scan, or later ones as well")
     p.add_argument("--calibration-images", type=int, default=1000, metavar="N")
     p.add_argument("--test-images", type=int, metavar="N", help="a random choice of them (default: all)")
     p.add_argument("--batch", type=int, default=64)
@@ -93,20 +97,21 @@ def arguments(doc: str) -> argparse.ArgumentParser:
 def calibrated(model: torch.nn.Module, calibration: Dataset, args: argparse.Namespace) -> vmeanba_fx.Plan:
     """The plan, printed and, if wished, saved."""
     loader = DataLoader(calibration, args.batch, num_workers=args.workers)
-    plan = vmeanba_fx.calibrate(model, loader, metric="loss", seed=args.seed)
+    options = {"reduce": "rank", "rank": args.rank} if args.rank else {}
+    plan = vmeanba_fx.calibrate(model, loader, metric="loss", seed=args.seed, **options)
     print(plan, end="\n\n")
     if args.plan:
         plan.save(args.plan)
     return plan
 
 
-def curve(plan: vmeanba_fx.Plan, model: torch.nn.Module, measure, ks: list[int] | None, what: str) -> str:
+def curve(plan: vmeanba_fx.Plan, model: torch.nn.Module, measure, what: str, args: argparse.Namespace) -> str:
     """A table of `measure(model)` over k."""
     n = len(plan.sites)
     base = measure(model)
     rows = [["original", f"{base:.2f}", ""]]
-    for k in ks if ks is not None else sorted({0, n // 4, n // 2, n}):
-        found = measure(plan.apply(k))
+    for k in args.k if args.k is not None else sorted({0, n // 4, n // 2, n}):
+        found = measure(plan.apply(k, refit={None: False, "next": True, "all": "all"}[args.refit]))
         rows.append([f"k = {k}", f"{found:.2f}", f"{found - base:+.2f}"])
     return tabulate(rows, ["sites replaced", f"{what}, %", "change"], disable_numparse=True)
 
@@ -134,7 +139,7 @@ def main() -> None:
     model = models.load_checkpoint(factory(in_chans=3, num_classes=len(test.classes)), args.weights).eval().to(args.device)
     plan = calibrated(model, calibration, args)
     loader = DataLoader(test, args.batch, num_workers=args.workers)
-    print(curve(plan, model, lambda m: top1(m, loader, args.device), args.k, "top-1"))
+    print(curve(plan, model, lambda m: top1(m, loader, args.device), "top-1", args))
     print(f"{len(test)} validation images; calibrated on {len(calibration)} training images")
 
 

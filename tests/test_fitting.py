@@ -174,3 +174,13 @@ def test_noise_is_not_learned():
     change, _, _ = refit_linear(refit_rows(normal(40, 3, seed=3), x), 30, (1e-9, 100.0))
     free, _, _ = refit_linear(refit_rows(normal(40, 3, seed=3), x), 30, (1e-9,))
     assert change.norm() < 0.2 * free.norm()
+
+
+@pytest.mark.parametrize("rank", [4, 8, 16])
+def test_a_map_of_one_position_is_fitted(rank):
+    """There all directions scan the same, and two images give two rows for 4 * rank columns: the Gram matrix is singular."""
+    layout = Layout(4, 24)
+    one = rows_of(1, 24, rows=2)
+    rows = torch.cat([one[..., :24]] * 3 + [one], dim=2)
+    fit, energy = fitted(rows, layout, rank, project=True, skip=True, ridges=RIDGES)
+    assert bool(torch.isfinite(predicted(fit, rows, layout)).all()) and 0.0 <= energy <= 1.0

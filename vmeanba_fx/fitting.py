@@ -115,7 +115,14 @@ def _penalty(gram: Tensor, ridge: float) -> Tensor:
 
 
 def _cholesky(gram: Tensor, ridge: float) -> Tensor:
-    return torch.linalg.cholesky(gram + _penalty(gram, ridge) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+    """Where rounding leaves a singular Gram matrix indefinite (fewer rows than columns), with as much more as that takes."""
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    for _ in range(5):
+        factor, failed = torch.linalg.cholesky_ex(gram + _penalty(gram, ridge) * eye)
+        if not failed:
+            return factor
+        ridge = max(100.0 * ridge, 1e-12)
+    return torch.linalg.cholesky(gram + _penalty(gram, ridge) * eye)
 
 
 def _leading(gram: Tensor, rank: int) -> Tensor:
