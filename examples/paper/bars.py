@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common import RESULTS, SHORT, TASKS, read_csv, write_markdown
 from curves import cell, collected
+from frontier import ALL, FULL_SIZE, joined
 
 ABSOLUTE = [("v05", {5: 0.15, 7: 0.25, 10: 1.0}), ("v0", {7: 0.2, 10: 0.4})]
 RELATIVE = ("deep", "segmentation", "segmentation_scans")
@@ -47,14 +48,14 @@ def rows_of(folder: Path) -> list[list[str]]:
 def main() -> None:
     head = ["model", "K", "paper's mean loses", "at most", "reached", "with", "met"]
     notes = ["Points lost on the test split, mean and standard deviation over the seeds of the calibration data."]
-    for path in sorted((RESULTS / "frontier").glob("vmamba_*.csv")):
+    for path in sorted((RESULTS / "frontier").glob(f"{FULL_SIZE}*.csv")):
         rows, origin = read_csv(path)
-        time = {(r["variant"], r["k"]): float(r["graph_ms"]) for r in rows}
+        mode, ms = joined(rows)
         parts = [
-            f"{r} at K={k}: {time[r, k] / time['rank1', k]:.3f}"
-            for r, k in time if r in ("rank2", "rank4") and ("rank1", k) in time
+            f"{v} at K={k}: {t / ms['rank1', k, ALL]:.3f}"
+            for (v, k, p), t in ms.items() if v in ("rank2", "rank4") and p == ALL
         ]  # fmt: skip
-        notes.append(f"Time against rank 1, {path.stem} (at most 1.10): {'; '.join(parts)}. {origin}")
+        notes.append(f"Time against rank 1, {FULL_SIZE}, {mode} (at most 1.10): {'; '.join(parts)}. {origin}")
     cost = RESULTS / "calibration_cost.csv"
     if cost.is_file():
         rows, origin = read_csv(cost)

@@ -121,18 +121,23 @@ def measure(task: Task, args) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
 
 def plot(plt, figures: dict[str, Tensor], path: Path) -> None:
     """Per task the site in the middle: bands over the channels along the sequence, and the histogram at the last position."""
-    fig, axes = plt.subplots(len(figures), 2, figsize=(11, 2.6 * len(figures)), squeeze=False, width_ratios=(3, 1))
-    for (title, y), (left, right) in zip(figures.items(), axes, strict=True):
-        for image, colour in zip(y, ("tab:blue", "tab:orange", "tab:green"), strict=False):
+    rows = -(-len(figures) // 2)
+    fig, axes = plt.subplots(rows, 4, figsize=(16, 2.7 * rows), squeeze=False, width_ratios=(3, 1, 3, 1), layout="constrained")
+    for ax in axes.flat[2 * len(figures) :]:
+        ax.axis("off")
+    for (title, y), (left, right) in zip(figures.items(), axes.reshape(-1, 2)[: len(figures)], strict=True):
+        for i, (image, colour) in enumerate(zip(y, ("tab:blue", "tab:orange", "tab:green"), strict=False)):
             low, middle, high = image.quantile(torch.tensor([0.1, 0.5, 0.9]), dim=0)
             left.fill_between(range(len(middle)), low, high, color=colour, alpha=0.25, lw=0)
-            left.plot(middle, color=colour, lw=1)
+            left.plot(middle, color=colour, lw=1, label=f"image {i + 1}")
             right.hist(image[:, -1].tolist(), bins=30, color=colour, alpha=0.5)
-        left.set(title=title, xlabel="position l in the first scan direction", ylabel="y over the channels")
-        right.set(title=f"l = {y.shape[-1] - 1}", xlabel="y")
+        left.set_title(title, fontsize=10)
+        left.set(xlabel="position l in the first scan direction", ylabel="y over the channels")
+        right.set_title(f"at l = {y.shape[-1] - 1}", fontsize=10)
+        right.set(xlabel="y", ylabel="channels")
+    axes[0, 0].legend(fontsize=7, loc="upper left")
     fig.suptitle("y = scan + D u of three images: median and 10 to 90 % of the channels")
-    fig.tight_layout()
-    fig.savefig(path, dpi=110)
+    fig.savefig(path, dpi=90)
 
 
 def main() -> None:

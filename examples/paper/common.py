@@ -15,6 +15,7 @@ import csv
 import datetime
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -270,7 +271,9 @@ VARIANTS = {
         Variant("rank4_greedy_refit", _rank(4) | {"greedy": True}, _REFIT, "C3.-."),
     )
 }
-SHORT = {name: name.replace("refit_all", "refit all").replace("_", " + ") for name in VARIANTS} | {"mean": "paper's mean"}
+SHORT = {
+    name: re.sub(r"rank(\d+)", r"rank \1", name.replace("refit_all", "refit all").replace("_", " + ")) for name in VARIANTS
+} | {"mean": "paper's mean"}
 
 
 class Study:
@@ -381,3 +384,9 @@ def drawn(draw: Callable[..., None], *args: Any) -> None:
 
     draw(pyplot, *args)
     pyplot.close("all")
+
+
+def legend_below(figure: Any, columns: int = 5) -> None:
+    """One legend for all axes of a figure with layout="constrained"; a label that several have is shown once."""
+    found = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, fontsize=8)

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import SHORT, TASKS, VARIANTS, Study, Variant, drawn, parser, pick, read_csv, write_csv, write_tables
+from common import SHORT, TASKS, VARIANTS, Study, Variant, drawn, legend_below, parser, pick, read_csv, write_csv, write_tables
 
 PANELS = {
     "classification": ("v05", "v0", "deep"),
@@ -125,8 +126,10 @@ def tabulated(folder: Path) -> None:
 
 
 def plot(plt, path: Path, names: list[str], drops: dict, bases: dict[str, float]) -> None:
-    fig, axes = plt.subplots(1, len(names), figsize=(5.2 * len(names), 4.2), squeeze=False)
-    for name, ax in zip(names, axes[0], strict=True):
+    width = min(len(names), 3) if len(names) != 4 else 2
+    rows = -(-len(names) // width)
+    fig, axes = plt.subplots(rows, width, figsize=(5.0 * width, 3.9 * rows + 0.7), squeeze=False, layout="constrained")
+    for name, ax in zip(names, axes.flat, strict=True):
         for variant, style in VARIANTS.items():
             of = drops[name].get(variant)
             if not of:
@@ -136,10 +139,10 @@ def plot(plt, path: Path, names: list[str], drops: dict, bases: dict[str, float]
             low, high = ([bases[name] - pick_one(of[k]) for k in ks] for pick_one in (max, min))
             line = ax.plot([0, *ks], [bases[name], *means], style.line, label=SHORT[variant], lw=1.5, ms=4)[0]
             ax.fill_between(ks, low, high, color=line.get_color(), alpha=0.15, lw=0)
-        ax.set(title=TASKS[name].title, xlabel="K, sites replaced", ylabel=f"test {TASKS[name].measure}, %")
+        ax.set(title=textwrap.fill(TASKS[name].title, 48), xlabel="K, sites replaced", ylabel=f"test {TASKS[name].measure}, %")
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=7)
-    fig.tight_layout()
+    legend_below(fig)
     fig.savefig(path, dpi=110)
 
 

@@ -20,6 +20,7 @@ import vmeanba_fx
 # Task -> after which stages.
 STAGES = {"scan_v05_digits": 1, "scan_v0_digits": 1, "v05": 2, "v0": 2, "deep": 3}
 CHOSEN = ("mean", "rank1", "rank4", "rank4_refit", "rank8_refit")
+SHOWN = ("original", "mean", "rank1", "rank4", "rank4_refit")
 DIRECTIONS = 4
 
 
@@ -99,17 +100,17 @@ def rows_of(name: str, args) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
 
 
 def plot(plt, kept: dict[str, dict[str, Tensor]], path: Path) -> None:
-    columns = ["original", "mean", "rank4", "rank4_refit"]
-    fig, axes = plt.subplots(len(kept), len(columns), figsize=(2.5 * len(columns), 2.6 * len(kept)), squeeze=False)
+    size = (2.3 * len(SHOWN) + 0.8, 2.4 * len(kept) + 0.4)
+    fig, axes = plt.subplots(len(kept), len(SHOWN), figsize=size, squeeze=False, layout="constrained")
     for (name, fields), line in zip(kept.items(), axes, strict=True):
         top = float(fields["original"].max())
-        for label, ax in zip(columns, line, strict=True):
-            ax.imshow((fields[label] / top).clamp_min(1e-6).log10(), vmin=-5, vmax=0)
-            ax.set_title(f"{name}\n{SHORT.get(label, label)}", fontsize=8)
-            ax.axis("off")
-    fig.suptitle("gradient energy, log10", fontsize=9)
-    fig.tight_layout()
-    fig.savefig(path, dpi=110)
+        for label, ax in zip(SHOWN, line, strict=True):
+            drawn = ax.imshow((fields[label] / top).clamp_min(1e-6).log10(), vmin=-5, vmax=0)
+            ax.set_title(SHORT.get(label, label), fontsize=9)
+            ax.set(xticks=[], yticks=[])
+        line[0].set_ylabel(f"{TASKS[name].name}, stage {STAGES[name]}", fontsize=9)
+    fig.colorbar(drawn, ax=axes, label="gradient energy per pixel, log10 of the share of the original's highest", shrink=0.6)
+    fig.savefig(path, dpi=100)
 
 
 def main() -> None:
