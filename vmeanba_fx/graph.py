@@ -106,6 +106,11 @@ def value(node: Any) -> Any:
     return node.meta.get("val") if isinstance(node, fx.Node) else node
 
 
+def concrete_sizes(t: torch.Tensor) -> tuple[int, ...]:
+    """Sizes of a (fake) tensor; a dynamic one is taken at the value it was traced with."""
+    return tuple(s.node.hint if isinstance(s, torch.SymInt) else int(s) for s in t.shape)
+
+
 class Emitter:
     """Insert nodes into a graph, each with its fake value, its site and the name of the pass that made it.
 

@@ -16,7 +16,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from .graph import aten, value
+from .graph import aten, concrete_sizes, value
 
 # Linear in their tensor inputs, whatever their other arguments are. Products are allowed with one reached factor only.
 LINEAR = {
@@ -97,7 +97,7 @@ def _describe(node: fx.Node) -> str:
 
 def concrete_shape(node: fx.Node) -> tuple[int, ...]:
     """Sizes of a node's value; a dynamic size is taken at the value it was traced with."""
-    return tuple(s.node.hint if isinstance(s, torch.SymInt) else int(s) for s in value(node).shape)
+    return concrete_sizes(value(node))
 
 
 def run_region(region: Region, seed: Tensor, generator: torch.Generator) -> dict[fx.Node, Tensor]:

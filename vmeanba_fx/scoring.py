@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from .capture import capture_info
 from .errors import CalibrationError, PlanError
 from .execute import Executor, State
 from .metrics import Batch, Metric, kl, values_of
-from .replacing import Replacer
+from .replacing import Point, Replacer
 from .resume import Saved
 from .sites import Site
 from .tally import Tally
@@ -42,19 +43,23 @@ class Runner:
             raise CalibrationError(
                 f"batch {index} ({shapes(batch)}) does not fit the captured graph: {'; '.join((why, *notes))}"
             ) from error
-        require_finite(outputs, f"the model's outputs on calibration batch {index}", lambda: self._first_bad(state))
+        require_finite(outputs, f"the model's outputs on calibration batch {index}", lambda: self._first_bad(batch))
         values, weight = values_of(self.metric, outputs, batch, outputs)
         require_numbers(values, f"the metric {self.metric.name!r} of the unchanged model on batch {index}")
         return Run(self, index, batch, outputs, state, values, weight)
 
-    def _first_bad(self, state: State) -> str:
-        """Where in the graph the values stop being finite, as far as the kept values tell."""
-        for point in self.replacer.points:
+    def _first_bad(self, batch: Batch) -> str:
+        """Where in the graph the values stop being finite, as far as the scans tell."""
+        bad: list[str] = []
+
+        def look(point: Point, env: Mapping[fx.Node, Any]) -> None:
             for what, node in (("input", point.scan.args[0]), ("output", point.scan)):
-                values = state.env.get(node)
-                if isinstance(values, Tensor) and not bool(torch.isfinite(values).all()):
-                    return f", first seen in the {what} of the scan at {point.site.name}"
-        return ""
+                if not bad and not bool(torch.isfinite(env[node]).all()):
+                    bad.append(f", first seen in the {what} of the scan at {point.site.name}")
+
+        readers = {point.scan: partial(look, point) for point in self.replacer.points if point.body is None}
+        self.executor.visit(readers, *batch.args, **batch.kwargs)
+        return "".join(bad)
 
 
 class Run:

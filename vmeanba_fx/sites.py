@@ -179,7 +179,8 @@ def _probe(gm: fx.GraphModule, sites: list[Site]) -> None:
     checked = [s for s in sites if s.annihilated]
     if not checked:
         return
-    executor = Executor(gm, [nodes[s.name] for s in checked])
+    scans = [nodes[s.name] for s in checked]
+    executor = Executor(gm, scans, keep=scans)
     device = executor.device
     args, kwargs = executor.to_device((info.args, info.kwargs), device)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):

@@ -81,14 +81,14 @@ def run(args: argparse.Namespace) -> None:
 # -- tables and plots -------------------------------------------------------------------------------------------------
 
 
-def collected(folder: Path) -> tuple[dict[str, dict[str, dict[int, list[float]]]], dict[str, float], list[str]]:
-    """drops[task][variant][k] over seeds, the base of every task, and where the numbers come from."""
+def collected(folder: Path) -> tuple[dict[str, dict[str, dict[int, list[float]]]], dict[str, float], dict[str, str]]:
+    """drops[task][variant][k] over seeds, the base of every task, and where the numbers of every file come from."""
     drops: dict[str, dict[str, dict[int, list[float]]]] = {}
     bases: dict[str, float] = {}
-    origins: list[str] = []
+    origins: dict[str, str] = {}
     for path in sorted((folder / "curves").glob("*.csv")):
         rows, origin = read_csv(path)
-        origins.append(f"{path.name}: {origin}")
+        origins[path.stem] = origin
         for row in rows:
             if row["variant"] == "original":
                 bases[row["task"]] = float(row["value"])
@@ -120,7 +120,11 @@ def tabulated(folder: Path) -> None:
             "Drop of the test measure in points, mean and standard deviation over the seeds of the calibration data. "
             "Negative: better than the original."
         )
-        own = [f"* {o}" for o in origins if any(o.startswith(f"{name}_seed") for name in shown)]
+        commands: dict[str, list[str]] = {}
+        for file, origin in origins.items():
+            if any(file.startswith(f"{name}_seed") for name in shown):
+                commands.setdefault(origin, []).append(file)
+        own = [f"* {', '.join(files)}: {origin}" for origin, files in commands.items()]
         write_tables(folder / f"curves_{panel}.md", tables, [note, "", *own])
         drawn(plot, folder / f"curves_{panel}.png", shown, drops, bases)
 
