@@ -55,3 +55,13 @@ def without_scans(model: nn.Module) -> nn.Module:
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """The largest difference over the largest expected magnitude."""
     return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+def agrees(graph, model, *args, bound: float = 1e-5, **kwargs) -> bool:
+    """Asserts that a graph gives the model's output: shape, dtype, and numbers up to a relative ``bound``."""
+    with torch.no_grad():
+        found, expected = graph(*args, **kwargs), model(*args, **kwargs)
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    error = relative_error(found.double(), expected.double())
+    assert error <= bound, error
+    return True

@@ -6,26 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.utils.checkpoint import checkpoint
 
 from tests import zoo
-from tests.zoo import vmamba_scan_fn
+from tests.helpers import agrees
 from vmeanba_fx.capture import capture, capture_info
-from vmeanba_fx.errors import CaptureError, NoSitesError
+from vmeanba_fx.errors import CaptureError
 from vmeanba_fx.graph import mutates, scan_nodes
 from vmeanba_fx.sites import find_sites
-
-BOUND = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
-
-
-def agrees(gm, model, *args, bound=1e-5, **kwargs):
-    """Relative error of the graph's first output tensor against the model's, under a bound."""
-    with torch.no_grad():
-        found, expected = gm(*args, **kwargs), model(*args, **kwargs)
-    assert found.shape == expected.shape and found.dtype == expected.dtype
-    error = zoo.relative_error(found, expected)
-    assert error <= bound, error
-    return True
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +43,13 @@ def test_batch_of_one_is_enough_to_capture():
     assert agrees(gm, model, zoo.images(4))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_dtypes(dtype):
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.bfloat16, 2e-2)])
+def test_dtypes(dtype, bound):
     model = zoo.tiny().to(dtype)
     gm = capture(model, zoo.images(3, dtype=dtype))
     sites = find_sites(gm)
     assert {s.dtype for s in sites} == {str(dtype).removeprefix("torch.")}
-    assert agrees(gm, model, zoo.images(5, dtype=dtype), bound=BOUND[dtype])
+    assert agrees(gm, model, zoo.images(5, dtype=dtype), bound=bound)
 
 
 def test_the_graph_is_flat_named_and_free_of_its_makers_traces(captured):
@@ -221,156 +208,6 @@ def test_capture_of_a_capture_is_a_copy(captured):
     assert agrees(gm, model, zoo.images(2))
 
 
-# -- other front doors -----------------------------------------------------------------------------------------------
-
-
-class Mixer(nn.Module):
-    """A scan over a sequence (B, D, L) that plain ``torch.fx`` can trace; the scan call is a leaf."""
-
-    def __init__(self, seed, dim=6, state=3):
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-
-        def weight(*shape):
-            return nn.Parameter(torch.randn(*shape, generator=generator))
-
-        self.norm = nn.LayerNorm(dim)
-        self.dt, self.B, self.C = weight(dim, dim), weight(state, dim), weight(state, dim)
-        self.A_log, self.D, self.bias = weight(dim, state), weight(dim), weight(dim)
-
-    def arguments(self, x):
-        return x, self.dt @ x, -torch.exp(self.A_log), (self.B @ x)[:, None], (self.C @ x)[:, None], self.D
-
-    def forward(self, x):
-        y = vmamba_scan_fn(*self.arguments(x), self.bias)
-        return x + self.norm(y.transpose(1, 2)).transpose(1, 2)
-
-
-class OpMixer(Mixer):
-    """The same through our op."""
-
-    def forward(self, x):
-        y = torch.ops.vmeanba_fx.selective_scan(*self.arguments(x), None, self.bias, True)
-        return x + self.norm(y.transpose(1, 2)).transpose(1, 2)
-
-
-class LeafTracer(fx.Tracer):
-    def __init__(self):
-        super().__init__(autowrap_functions=(vmamba_scan_fn,))
-
-
-@pytest.mark.parametrize("kind", [Mixer, OpMixer])
-def test_symbolically_traced_graph(kind):
-    """``torch.fx`` with the scan, or our op, as a leaf: sites keep the module paths that fx knows."""
-    model = nn.Sequential(nn.Sequential(kind(1), kind(2)), kind(3)).eval()
-    traced = fx.GraphModule(model, LeafTracer().trace(model))
-    leaf = vmamba_scan_fn if kind is Mixer else torch.ops.vmeanba_fx.selective_scan
-    assert [n.target for n in traced.graph.nodes].count(leaf) == 3
-    gm = capture(traced, torch.randn(3, 6, 9))
-    assert [s.name for s in find_sites(gm)] == ["0.0", "0.1", "1"]
-    assert agrees(gm, model, torch.randn(5, 6, 9))
-
-
-def test_several_scans_of_one_module_are_numbered():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.mixer = Mixer(1)
-
-        def forward(self, x):
-            first = vmamba_scan_fn(*self.mixer.arguments(x), self.mixer.bias)
-            return first + vmamba_scan_fn(*self.mixer.arguments(x.flip(-1)), self.mixer.bias).flip(-1)
-
-    model = nn.Sequential(Twice()).eval()
-    for given in (model, fx.GraphModule(model, LeafTracer().trace(model))):
-        assert [s.name for s in find_sites(capture(given, torch.randn(3, 6, 9)))] == ["0#0", "0#1"]
-
-
-def test_exported_program_with_our_op():
-    model = zoo.tiny(1)
-    gm = capture(model, zoo.images(3))
-    batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(gm, (zoo.images(3),), dynamic_shapes=({0: batch},))
-    for args in ((), (zoo.images(2),)):
-        again = capture(program, args)
-        assert [s.name for s in find_sites(again)] == ["blocks.0.op"]
-        assert agrees(again, model, zoo.images(5))
-
-
-def test_exported_program_without_our_op_is_refused():
-    class Unrolled(nn.Module):
-        def forward(self, x):
-            return x.cumsum(-1)
-
-    program = torch.export.export(Unrolled(), (torch.randn(2, 3),))
-    with pytest.raises(CaptureError, match=r"holds no vmeanba_fx op.*capture\(\) on the nn.Module"):
-        capture(program)
-
-
-class AutocastBlock(zoo.Block):
-    def forward(self, x):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = self.op(self.norm(x))
-        return x + y.float()
-
-
-def autocast_net():
-    model = zoo.live()
-    model.blocks = nn.ModuleList(AutocastBlock(6, block.op) for block in model.blocks)
-    return model.eval()
-
-
-def test_scans_inside_autocast_regions_are_found():
-    model = autocast_net()
-    gm = capture(model, zoo.images(3))
-    sites = find_sites(gm)
-    assert [s.name for s in sites] == ["blocks.0.op", "blocks.1.op"]
-    assert all(owner is not gm for owner, _ in scan_nodes(gm)) and not any(s.annihilated for s in sites)
-    assert agrees(gm, model, zoo.images(5), bound=2e-2)
-
-
-def test_sites_come_in_order_of_execution():
-    """Also where the first scan lies in a sub-graph and the second does not."""
-    model = zoo.live()
-    model.blocks = nn.ModuleList([AutocastBlock(6, model.blocks[0].op), model.blocks[1]]).eval()
-    assert [s.name for s in find_sites(capture(model, zoo.images(3)))] == ["blocks.0.op", "blocks.1.op"]
-
-
-def test_modes_around_the_call_do_not_enter_the_graph(captured):
-    model, _ = captured
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert agrees(capture(model, zoo.images(3)).eval(), model, zoo.images(2), bound=2e-2)
-        gm = capture(model, zoo.images(3))
-    assert agrees(gm, model, zoo.images(2))
-    with torch.inference_mode():
-        assert agrees(capture(model, zoo.images(3)), model, zoo.images(2))
-
-
-def test_compiled_models_are_unwrapped(captured):
-    """Nothing is compiled on the way, and the sites have the names they have without ``torch.compile``."""
-
-    def must_not_run(gm, inputs):
-        raise AssertionError("compiled while capturing")
-
-    _, gm = captured
-    model = zoo.tiny()
-    model.blocks[1].op.compile(backend=must_not_run)
-    again = capture(torch.compile(model, backend=must_not_run), zoo.images(3))
-    assert again.code == gm.code and [s.name for s in find_sites(again)] == ["blocks.0.op", "blocks.1.op"]
-
-
-def test_models_that_recompute_activations():
-    class Checkpointed(zoo.Block):
-        def forward(self, x):
-            return x + checkpoint(self.op, self.norm(x), use_reentrant=False)
-
-    model = zoo.live()
-    model.blocks = nn.ModuleList(Checkpointed(6, block.op) for block in model.blocks).eval()
-    gm = capture(model, zoo.images(3))
-    assert [s.name for s in find_sites(gm)] == ["blocks.0.op", "blocks.1.op"]
-    assert agrees(gm, model, zoo.images(5))
-
-
 # -- in-place operators ----------------------------------------------------------------------------------------------
 
 
@@ -393,84 +230,6 @@ def test_in_place_operators_become_data_flow():
     assert not any(mutates(node) for node in gm.graph.nodes)
     assert [s.name for s in find_sites(gm)] == ["blocks.0.op", "blocks.1.op"]
     assert agrees(gm, model, zoo.images(5))
-
-
-# -- refusals --------------------------------------------------------------------------------------------------------
-
-
-def with_state(u, delta, A, B, C, D, bias):
-    y, state = zoo.selective_scan_fn(u, delta, A, B, C, D, None, bias, True, return_last_state=True)
-    return y + 0.1 * state.sum(-1, keepdim=True)
-
-
-def two_dimensional(u, delta, A, B, C, D, delta_bias, HH, WW):
-    return zoo.loop_scan(u, delta, A, B, C, D, None, delta_bias, True)[0]
-
-
-def only_states(u, delta, A, B, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
-    return delta * u
-
-
-def complex_scan(u, delta, A, B, C, D, bias):
-    return zoo_complex(u, delta, torch.complex(A, A), B, C, D).real
-
-
-def zoo_complex(u, delta, A, B, C, D=None, z=None, delta_bias=None):
-    return (u + A.real.sum() + 0j) * 2
-
-
-def constant(u, delta, A, B, C, D, bias):
-    B, C = (t[0, 0, :, 0].expand(u.shape[1], -1) for t in (B, C))
-    return zoo_constant(u, delta, A, B, C, D, bias)
-
-
-def zoo_constant(u, delta, A, B, C, D=None, delta_bias=None, delta_softplus=True):
-    """B and C are (D, N), the same at every step."""
-    B, C = (t[None, :, :, None].expand(u.shape[0], -1, -1, u.shape[2]) for t in (B, C))
-    return zoo.loop_scan(u, delta, A, B, C, D, None, delta_bias, delta_softplus)[0]
-
-
-REFUSED = {
-    "last state": (with_state, "its last state is used"),
-    "2-D": (lambda u, d, A, B, C, D, bias: two_dimensional(u, d, A, B, C, D, bias, 3, 5), "2-D recurrence"),
-    "states only": (lambda u, d, A, B, C, D, bias: only_states(u, d, A, B, D, None, bias), "no C and returns the states"),
-    "complex A": (complex_scan, "A is complex"),
-    "constant B and C": (constant, "one channel per group"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_scans_that_are_no_sites(name):
-    """Refused with a sentence that names the module; a model with nothing else is an error, and still captured right."""
-    call, sentence = REFUSED[name]
-    model = zoo.tiny(1, directions=1, call=call)
-    x = zoo.images(2)[:, :, :8, :8]
-    gm = capture(model, x)
-    assert agrees(gm, model, x)
-    with pytest.raises(NoSitesError, match=rf"no selective scan to rewrite \(blocks.0.op: .*{sentence}"):
-        find_sites(gm)
-
-
-def test_refused_scans_stand_beside_sites():
-    model = zoo.tiny()
-    model.blocks[1].op.call = with_state
-    sites = find_sites(capture(model, zoo.images(3)))
-    assert [s.name for s in sites] == ["blocks.0.op"]
-    assert sites.refused == [("blocks.1.op", "its last state is used, which a one-channel scan does not have")]
-    assert "blocks.1.op: not a site, its last state is used" in str(sites)
-
-
-def test_unread_last_state_is_no_reason():
-    def call(u, delta, A, B, C, D, bias):
-        return zoo.selective_scan_fn(u, delta, A, B, C, D, None, bias, True, return_last_state=True)[0]
-
-    assert [s.name for s in find_sites(capture(zoo.tiny(1, call=call), zoo.images(3)))] == ["blocks.0.op"]
-
-
-def test_model_without_scans():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
-    with pytest.raises(NoSitesError, match=r"^the model has no selective scan to rewrite\. Teach"):
-        find_sites(capture(model, zoo.images(2)))
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------

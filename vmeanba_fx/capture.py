@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +17,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from . import ops
+from .confinement import capturing, cpu_device_guard, forget_sizes, one_at_a_time
 from .copies import device_of, move_to_device, private_copy
 from .discovery import Discovery
 from .errors import CaptureError
@@ -38,7 +37,7 @@ from .graph import (
     strip_metadata,
 )
 from .guards import drop_needless_guards, failed_guard
-from .intercept import _LOCK, cpu_device_guard, intercept, one_at_a_time
+from .intercept import intercept
 from .ops.last_state import last_state
 from .registry import ScanCall, compute_dtype, is_scan
 
@@ -123,8 +122,7 @@ def capture(
     device = device_of(model)
     cpu_args, cpu_kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().cpu(), (args, kwargs))
     batch = _batch_size(cpu_args, cpu_kwargs)
-    # One capture at a time: interception, warning filters and export itself are global to the process.
-    with _LOCK, _quiet(), _plain_mode(), _forgetting(), torch.random.fork_rng(devices=[]), torch.no_grad():
+    with capturing():
         trace = _with_free_batch(model, *_with_batch(cpu_args, cpu_kwargs, batch, 2), dynamic_size)
         if trace is None:
             trace = _export(private_copy(model), cpu_args, cpu_kwargs, batch=None, dynamic_size=False)
@@ -149,9 +147,7 @@ def _release_trace(gm: fx.GraphModule) -> None:
     mode = fake_mode(gm.graph)
     if mode is not None and getattr(mode.shape_env, "tracked_fakes", None):
         mode.shape_env.tracked_fakes = []
-    for method in vars(ShapeEnv).values():
-        if hasattr(method, "cache_clear"):
-            method.cache_clear()
+    forget_sizes()
 
 
 @dataclass
@@ -377,32 +373,3 @@ def _dynamic_dims(gm: fx.GraphModule) -> tuple[tuple[str, int], ...]:
         for i, s in enumerate(val.shape)
         if isinstance(s, torch.SymInt) and s.node.expr.free_symbols
     )
-
-
-@contextlib.contextmanager
-def _plain_mode() -> Iterator[None]:
-    """Trace the model as it is, not as autocast, inference mode or ``torch.compile`` around it would make it."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for device_type in ("cpu", "cuda"):
-            stack.enter_context(torch.autocast(device_type, enabled=False))
-        yield
-
-
-@contextlib.contextmanager
-def _forgetting() -> Iterator[None]:
-    """Empty torch's caches of symbolic sizes afterwards: they are kept on a class and hold on to what a trace was made of."""
-    try:
-        yield
-    finally:
-        for member in vars(ShapeEnv).values():
-            if hasattr(member, "cache_clear"):
-                member.cache_clear()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -66,11 +66,17 @@ def is_original(fn: types.FunctionType) -> bool:
 
 
 class CodeSwap:
-    """Context in which this thread's calls of the given functions go to ``handler``; leaving it restores the code."""
+    """Context in which this thread's calls of the given functions go to ``handler``; leaving it restores the code.
 
-    def __init__(self, functions: Iterable[types.FunctionType], handler: Handler) -> None:
+    Calls of other threads go to ``elsewhere``, by default to the function's own code.
+    """
+
+    def __init__(
+        self, functions: Iterable[types.FunctionType], handler: Handler, elsewhere: Handler | None = None
+    ) -> None:
         self._functions = list(functions)
         self._handler = handler
+        self._elsewhere = elsewhere
         self._thread = 0
         self._saved: list[tuple[types.FunctionType, types.CodeType]] = []
 
@@ -88,9 +94,8 @@ class CodeSwap:
 
     def _target(self, fn: types.FunctionType, original: Callable[..., Any]) -> Callable[..., Any]:
         def redirect(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if threading.get_ident() != self._thread:
-                return original(*args, **kwargs)
-            return self._handler(fn, original, args, kwargs)
+            handler = self._handler if threading.get_ident() == self._thread else self._elsewhere
+            return original(*args, **kwargs) if handler is None else handler(fn, original, args, kwargs)
 
         return redirect
 
@@ -98,4 +103,4 @@ class CodeSwap:
         while self._saved:
             fn, code = self._saved.pop()
             fn.__code__ = code
-        self._thread = 0  # a call that began before this and goes on after it
+        self._thread, self._elsewhere = 0, None  # a call that began before this and goes on after it

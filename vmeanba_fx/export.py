@@ -24,12 +24,12 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 
 from .archive import read_program
 from .capture import capture, capture_info, is_captured, reopened
+from .confinement import one_at_a_time
 from .copies import device_of
 from .errors import ExportError, PlanError, VMeanbaError
 from .export_formats import write_aoti, write_onnx, write_pt2
 from .files import parse_json
 from .graph import copy_graph, graph_modules
-from .intercept import one_at_a_time
 from .plan import Plan
 from .report import Report, attach_plan, attach_report, plan_of, report
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from .codeswap import CodeSwap
+from .confinement import LOCK
 from .discovery import PYBIND, Discovery, discover
 from .families import canonical
 from .registry import Refusal, ScanCall, ScanSpec, compute_dtype, registered_scans
@@ -37,21 +38,6 @@ from .trial import case_of, disagreement
 Emit = Callable[[ScanCall], Any]
 
 log = logging.getLogger(__name__)
-
-# One capture at a time: the swaps are visible to the whole process.
-_LOCK = threading.RLock()
-
-
-def one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A decorator for what handles symbolic sizes: those of one thread end up in the trace of another."""
-
-    @functools.wraps(function)
-    def alone(*args: Any, **kwargs: Any) -> Any:
-        with _LOCK:
-            return function(*args, **kwargs)
-
-    return alone
-
 
 def _bind(
     parameters: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], name: str
@@ -273,7 +259,7 @@ class Interception:
 @contextlib.contextmanager
 def intercept(model: nn.Module, emit: Emit, where: Callable[[], str]) -> Iterator[tuple[Interception, Discovery]]:
     """Send every scan that ``model`` can reach to ``emit`` while the context is open; restore all of it at the end."""
-    with _LOCK:
+    with LOCK:
         interception = Interception(emit, where)
         try:
             found = discover(model)
@@ -285,19 +271,3 @@ def intercept(model: nn.Module, emit: Emit, where: Callable[[], str]) -> Iterato
             yield interception, found
         finally:
             interception.undo()
-
-
-@contextlib.contextmanager
-def cpu_device_guard() -> Iterator[None]:
-    """Make ``torch.cuda.device(...)`` do nothing in this thread: captures run on the CPU, where it would raise."""
-    original, thread = torch.cuda.device, threading.get_ident()
-
-    class Guard(contextlib.nullcontext[None]):
-        def __new__(cls, device: Any) -> Any:
-            return super().__new__(cls) if threading.get_ident() == thread else original(device)
-
-    torch.cuda.device = Guard  # type: ignore[assignment,misc]
-    try:
-        yield
-    finally:
-        torch.cuda.device = original  # type: ignore[misc]

@@ -18,6 +18,7 @@ from .batches import Batches
 from .bootstrap import spearman
 from .capture import capture, capture_info, is_captured
 from .choice import Choice, by_impact
+from .confinement import one_at_a_time
 from .curve import Curve
 from .errors import PlanError
 from .files import parse_json, read_json, write_atomically
@@ -26,7 +27,6 @@ from .fitting import AUTO_RANKS
 from .fitting_refit import REFIT, Refit, refit_sites
 from .fitting_sites import fit_sites
 from .graph import SITE, copy_graph, scan_nodes
-from .intercept import one_at_a_time
 from .passes import (
     Pass,
     RankFit,

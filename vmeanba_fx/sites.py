@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, fx
 
 from .capture import capture_info
+from .confinement import one_at_a_time
 from .errors import NoSitesError, SiteError
 from .execute import Executor
 from .graph import LAST_STATE, SITE, aten, scan_nodes
-from .intercept import one_at_a_time
 from .regions import concrete_shape, is_annihilated
 
 __all__ = ["Site", "SiteList", "find_sites"]

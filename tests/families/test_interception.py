@@ -8,11 +8,15 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch.fx import _symbolic_trace
 
 import vmeanba_fx
 from tests import zoo
 from tests.families.models import build
+from tests.interception import DELTA, EXPECTED, SHORT, A, B, C, Caller, Recorder, U, own_scan
+from tests.zoo import vmamba_scan_fn
 from vmeanba_fx.codeswap import CodeSwap
+from vmeanba_fx.confinement import cpu_device_guard
 from vmeanba_fx.intercept import intercept
 from vmeanba_fx.symbolic.leaves import LeafFunctions, Listener
 
@@ -123,6 +127,104 @@ def test_the_model_runs_in_another_thread_while_it_is_captured(name):
             assert zoo.relative_error(model(x), expected) < 1e-6
 
     hammer(forward, lambda: vmeanba_fx.capture(model, x))
+
+
+def test_two_threads():
+    """Captures in two threads both come out right, and what a third thread runs meanwhile is the model's own code."""
+    models = [zoo.tiny(1, seed=1, call=vmamba_scan_fn), zoo.tiny(1, seed=2)]
+    x = zoo.images(3)
+    expected = [m(x).detach() for m in models]
+    results, errors, stop = {}, [], threading.Event()
+
+    def capture(i):
+        try:
+            results[i] = vmeanba_fx.capture(models[i], x)
+        except Exception as error:
+            errors.append(error)
+
+    def bystander():
+        while not stop.is_set():
+            with torch.no_grad():
+                if any(zoo.relative_error(m(x), y) > 1e-5 for m, y in zip(models, expected, strict=True)):
+                    errors.append(AssertionError("a capture in another thread changed the model's output"))
+
+    code = vmamba_scan_fn.__code__
+    other = threading.Thread(target=bystander)
+    threads = [threading.Thread(target=capture, args=(i,)) for i in range(2)]
+    for thread in (other, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stop.set()
+    other.join()
+    assert not errors
+    for i, gm in results.items():
+        assert [s.name for s in vmeanba_fx.find_sites(gm)] == ["blocks.0.op"]
+        torch.testing.assert_close(gm(x), expected[i], rtol=1e-5, atol=1e-6)
+    assert vmamba_scan_fn.__code__ is code
+
+
+def test_other_threads_run_the_original():
+    scan, seen, record = own_scan(), [], Recorder()
+    model = Caller(lambda self, u, delta: scan(u, delta, A, B, C, **SHORT))
+    with intercept(model, record, lambda: ""):
+        thread = threading.Thread(target=lambda: seen.append(model(U, DELTA)))
+        thread.start()
+        thread.join()
+    assert not record.calls and torch.equal(seen[0], EXPECTED)
+
+
+def test_other_threads_keep_their_device_guard():
+    original, seen = torch.cuda.device, []
+    with cpu_device_guard():
+        with torch.cuda.device(torch.device("cpu")):  # would raise
+            pass
+        thread = threading.Thread(target=lambda: seen.append(torch.cuda.device(0)))
+        thread.start()
+        thread.join()
+    assert type(seen[0]) is original is torch.cuda.device
+
+
+class Shared(nn.Module):
+    """Uses one block twice, which makes a trace follow the modules one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = build("one call per direction", call=zoo.call_s1, depth=1)
+        self.again = self.first
+
+    def forward(self, x):
+        return self.first(x) + self.again(x.flip(0))
+
+
+class AsksTheCompiler(nn.Module):
+    """Takes another way where it is compiled or exported, as many libraries do."""
+
+    def forward(self, x):
+        return -x if torch.compiler.is_compiling() or torch.compiler.is_exporting() else x
+
+
+@pytest.mark.parametrize("other", ["the same", "another"])
+def test_models_of_other_threads_are_not_traced_along(other):
+    model, x = Shared().eval(), zoo.images(2)
+    running = model if other == "the same" else nn.Sequential(zoo.tiny(1), AsksTheCompiler()).eval()
+    with torch.no_grad():
+        expected, own = running(x), model(x)
+
+    def forward():
+        with torch.no_grad():
+            assert zoo.relative_error(running(x), expected) < 1e-6
+
+    def captures():
+        for _ in range(2):
+            gm = vmeanba_fx.capture(model, x)
+            assert len({site.name for site in vmeanba_fx.find_sites(gm)}) == 8
+            assert zoo.relative_error(gm(x), own) < 1e-5
+
+    call, patch, flag = nn.Module.__call__, _symbolic_trace._Patcher.patch_method, torch.compiler.is_compiling.__code__
+    hammer(forward, captures)
+    assert nn.Module.__call__ is call and _symbolic_trace._Patcher.patch_method is patch
+    assert torch.compiler.is_compiling.__code__ is flag
 
 
 def _alive():

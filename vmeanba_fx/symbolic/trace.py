@@ -12,7 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from ..intercept import _LOCK  # one process-wide swap of code objects at a time, whoever makes it
+from ..confinement import LOCK  # one process-wide swap of code objects at a time, whoever makes it
 from . import source
 from .assemble import assemble, twin_of
 from .guards import SymbolicTraceError
@@ -59,7 +59,7 @@ def symbolic_trace(
     """
     leaf_modules = tuple(leaf_modules)
     _check_arguments(model, example_inputs, leaf_modules)
-    with _LOCK, torch.no_grad():
+    with LOCK, torch.no_grad():
         leaves = LeafFunctions(leaf_functions)
         observer = ScanObserver(leaves)
         replica = _replica_of(model)

@@ -1,0 +1,117 @@
+"""A signature is not yet a scan: functions are tried before they are taken, and those inside of others are found."""
+
+import functools
+
+import pytest
+import torch
+
+import vmeanba_fx
+from tests import zoo
+from tests.interception import BIAS, DELTA, EXPECTED, SHORT, A, B, C, Caller, D, Recorder, U, own_scan, redirected
+from tests.zoo import selective_scan_fn, vmamba_scan_fn
+from vmeanba_fx.capture import capture_info
+from vmeanba_fx.intercept import intercept
+
+
+def hides_its_options():
+    def scan(u, delta, A, B, C, D, delta_bias):
+        return selective_scan_fn(u, delta, A, B, C, D, None, delta_bias, True)
+
+    return Caller(lambda s, u, d: s.scan(u, d, A, B, C, D, BIAS), scan=scan)
+
+
+def doubles():
+    inner = own_scan()
+
+    @functools.wraps(inner)
+    def scan(*args, **kwargs):
+        return 2 * inner(*args, **kwargs)
+
+    return Caller(lambda s, u, d: s.scan(u, d, A, B, C, **SHORT), scan=scan)
+
+
+def casts():
+    def scan(u, delta, A, B, C, D=None, delta_bias=None, delta_softplus=False):
+        return vmamba_scan_fn(u, delta, A, B, C, D, delta_bias, delta_softplus).double()
+
+    return Caller(lambda s, u, d: s.scan(u, d, A, B, C, **SHORT), scan=scan)
+
+
+def reads_other_layout():
+    def scan(u, delta, A, B, C, D=None, delta_bias=None, delta_softplus=False):
+        y = selective_scan_fn(
+            u.transpose(1, 2), delta.transpose(1, 2), A, B, C, D, None, delta_bias, delta_softplus
+        )  # fmt: skip
+        return y.transpose(1, 2)
+
+    return Caller(
+        lambda s, u, d: s.scan(u.transpose(1, 2), d.transpose(1, 2), A, B, C, **SHORT).transpose(1, 2), scan=scan
+    )
+
+
+class Doubling(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, delta, A, B, C, D=None, delta_bias=None, delta_softplus=False):
+        return 2 * selective_scan_fn(u, delta, A, B, C, D, None, delta_bias, delta_softplus)
+
+
+WRAPPERS = {
+    "hides its options": (hides_its_options, 1),
+    "doubles the result": (doubles, 2),
+    "casts the result": (casts, 1),
+    "reads another layout": (reads_other_layout, 1),
+    "autograd.Function that doubles": (
+        lambda: Caller(lambda s, u, d: Doubling.apply(u, d, A, B, C, D, BIAS, True)), 2
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("zeros", [False, True], ids=["", "on zeros"])
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_wrapper_with_a_scans_signature_is_seen_through(name, zeros):
+    """It computes something else, so it stays, and the scan inside it is what is replaced. Also tried on a zero input."""
+    make, factor = WRAPPERS[name]
+    model = make()
+    record = Recorder()
+    with torch.no_grad(), intercept(model, record, lambda: ""):
+        model(0 * U if zeros else U, DELTA)
+        record.calls.clear()
+        found = model(U, DELTA)
+    assert len(record.calls) == 1
+    call = record.calls[0]
+    assert call.u.shape == U.shape and call.delta_softplus
+    assert found.dtype == model(U, DELTA).dtype
+    torch.testing.assert_close(found, (factor * EXPECTED).to(found.dtype), rtol=1e-5, atol=1e-5)
+
+
+def test_lower_precision_inside_is_no_other_function():
+    def scan(u, delta, A, B, C, D=None, delta_bias=None, delta_softplus=False):
+        halves = (t.bfloat16() for t in (u, delta, A, B, C))
+        return zoo.loop_scan(*halves, D, None, delta_bias, delta_softplus)[0].to(u.dtype)
+
+    u, delta = U.bfloat16(), DELTA.bfloat16()
+    model = Caller(lambda s, u, d: s.scan(u, d, A.bfloat16(), B.bfloat16(), C.bfloat16(), **SHORT), scan=scan)
+    assert len(redirected(model, u, delta)[1]) == 1
+
+
+def fails(u, delta, A, B, C, D=None, delta_bias=None, delta_softplus=True):
+    """A kernel for another device."""
+    raise RuntimeError("no kernel image is available")
+
+
+def test_a_scan_that_cannot_be_tried_is_believed_and_noted():
+    model, x = zoo.tiny(1, call=fails), zoo.images(3)
+    gm = vmeanba_fx.capture(model, x)
+    assert any("fails does not run on the CPU" in note for note in capture_info(gm).notes)
+    torch.testing.assert_close(gm(x), zoo.tiny(1)(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_method_that_cannot_be_tried_is_not_believed():
+    """It has values of its own, which its arguments do not tell: an error is better than a wrong graph."""
+
+    def unknown_kernel(x, step, more):
+        raise RuntimeError("no kernel image is available")
+
+    model = zoo.tiny(1, call=lambda u, delta, A, *rest: unknown_kernel(u, delta, A))
+    with pytest.raises(vmeanba_fx.CaptureError, match="no kernel image"):
+        vmeanba_fx.capture(model, zoo.images(3))

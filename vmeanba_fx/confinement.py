@@ -1,0 +1,126 @@
+"""What a capture changes in PyTorch while it runs: undone at its end, and seen by no other thread.
+
+Captures wait for each other, because interception and ``torch.export`` itself change the whole process. Other threads go
+on with models of their own meanwhile, so what can be told apart by thread is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.fx import _symbolic_trace
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from .codeswap import CodeSwap
+
+LOCK = threading.RLock()
+
+
+def one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator for what handles symbolic sizes: those of one thread end up in the trace of another."""
+
+    @functools.wraps(function)
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        with LOCK:
+            return function(*args, **kwargs)
+
+    return alone
+
+
+@contextlib.contextmanager
+def capturing() -> Iterator[None]:
+    """Everything that a capture needs around it: alone, silent, in plain mode, and out of the way of other threads."""
+    with contextlib.ExitStack() as stack:
+        for context in (LOCK, _quiet(), _plain_mode(), _own_module_calls(), _own_compiler_flags(), _forgetting()):
+            stack.enter_context(context)
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.no_grad())
+        yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def _plain_mode() -> Iterator[None]:
+    """Trace the model as it is, not as autocast, inference mode or ``torch.compile`` around it would make it."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for device_type in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
+def _own_module_calls() -> Iterator[None]:
+    """Let a trace see this thread's modules only.
+
+    ``torch.fx`` replaces ``__call__`` and ``__getattr__`` of all modules while it traces. A model that another thread runs
+    would be traced along with ours, and both would fail ("Unexpected key ...").
+    """
+    patcher = _symbolic_trace._Patcher  # private to torch, unchanged since 1.9
+    patch_method, thread = patcher.patch_method, threading.get_ident()
+
+    def patch_for_this_thread(self: Any, cls: type, name: str, new: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        old = getattr(cls, name)
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return (new if threading.get_ident() == thread else old)(*args, **kwargs)
+
+        patch_method(self, cls, name, method if threading.get_ident() == thread else new, *args, **kwargs)
+
+    patcher.patch_method = patch_for_this_thread  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        patcher.patch_method = patch_method  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _own_compiler_flags() -> Iterator[None]:
+    """Let ``torch.compiler.is_compiling()`` and ``is_exporting()`` be true in this thread only."""
+    before = {fn: fn() for fn in (torch.compiler.is_compiling, torch.compiler.is_exporting)}
+    with CodeSwap(before, lambda fn, original, *_: original(), elsewhere=lambda fn, *_: before[fn]):
+        yield
+
+
+@contextlib.contextmanager
+def cpu_device_guard() -> Iterator[None]:
+    """Make ``torch.cuda.device(...)`` do nothing in this thread: captures run on the CPU, where it would raise."""
+    original, thread = torch.cuda.device, threading.get_ident()
+
+    class Guard(contextlib.nullcontext[None]):
+        def __new__(cls, device: Any) -> Any:
+            return super().__new__(cls) if threading.get_ident() == thread else original(device)
+
+    torch.cuda.device = Guard  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        torch.cuda.device = original  # type: ignore[misc]
+
+
+def forget_sizes() -> None:
+    """Empty torch's caches of symbolic sizes: they are kept on a class and hold on to what a trace was made of."""
+    for member in vars(ShapeEnv).values():
+        if hasattr(member, "cache_clear"):
+            member.cache_clear()
+
+
+@contextlib.contextmanager
+def _forgetting() -> Iterator[None]:
+    try:
+        yield
+    finally:
+        forget_sizes()
