@@ -48,12 +48,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name in args.model:
         for precision in args.precision:
-            for batch in args.batch:
-                for row in measure(args, name, precision, batch):
-                    rows.append(row)
-                    print(json.dumps(row), flush=True)
-                    if args.out:
-                        write(rows, Path(args.out), args.tag)
+            for row in measure(args, name, precision):
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+                if args.out:
+                    write(rows, Path(args.out), args.tag)
     print(tabulate(rows, headers="keys", floatfmt=".2f"))
 
 
@@ -84,58 +83,58 @@ def parse() -> argparse.Namespace:
 
 @dataclass
 class Variant:
-    """A model to time, and what it should put out: the same function in fp32 without TF32."""
+    """A model to time; ``reference`` is the same function in fp32, ``dtype`` what the model takes."""
 
     label: str
     model: nn.Module
-    images: Tensor
-    expected: Tensor
-    autocast: bool
+    reference: nn.Module
+    dtype: torch.dtype = torch.float32
+    autocast: bool = False
     ours: bool = True
 
 
-def measure(args: argparse.Namespace, name: str, precision: str, batch: int) -> Iterator[dict[str, Any]]:
+def measure(args: argparse.Namespace, name: str, precision: str) -> Iterator[dict[str, Any]]:
     """One row after the other, so that a run that is cut short has written what it measured."""
     dtype = PRECISIONS[precision]
     module = load_official(args.official, args.scan_extension) if args.official else models
-    with locked(args.lock, fcntl.LOCK_SH), torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
-        variants = build(args, module, name, dtype, batch)
-    for v in variants:
-        autocast = torch.autocast("cuda", dtype=dtype or torch.float16, enabled=dtype is not None and v.autocast)
-        for mode, run in modes(args, v, module):
-            row = {"model": name, "precision": precision, "batch": batch, "variant": v.label, "mode": mode}
-            try:
-                with torch.inference_mode(), autocast, tf32():
-                    row |= one_row(args, run, v, LIMITS[precision])
-            except RuntimeError as error:
-                row["images/s"] = f"failed: {str(error).splitlines()[0][:60]}"
-            yield row
+    with locked(args.lock, fcntl.LOCK_SH):
+        variants = build(args, module, name, dtype)
+    for batch in args.batch:
+        images = torch.randn(batch, 3, args.size, args.size, device="cuda")
+        for v in variants:
+            with locked(args.lock, fcntl.LOCK_SH), torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+                expected = v.reference(images)
+            autocast = torch.autocast("cuda", dtype=dtype or torch.float16, enabled=v.autocast)
+            for mode, run in modes(args, v, module):
+                row = {"model": name, "precision": precision, "batch": batch, "variant": v.label, "mode": mode}
+                try:
+                    with torch.inference_mode(), autocast, tf32():
+                        row |= one_row(args, run, images.to(v.dtype), expected, LIMITS[precision])
+                except RuntimeError as error:
+                    row["images/s"] = f"failed: {str(error).splitlines()[0][:60]}"
+                yield row
 
 
-def build(
-    args: argparse.Namespace, module: types.ModuleType, name: str, dtype: torch.dtype | None, batch: int
-) -> list[Variant]:
+def build(args: argparse.Namespace, module: types.ModuleType, name: str, dtype: torch.dtype | None) -> list[Variant]:
     torch.manual_seed(0)
     own = make_scan_matter(getattr(models, name)()).cuda().eval()
     baseline = getattr(module, name)().cuda().eval()
     baseline.load_state_dict(own.state_dict())
-    images = torch.randn(batch, 3, args.size, args.size, device="cuda")
-    variants = [Variant("official" if args.official else "own model", baseline, images, baseline(images), True, False)]
+    half = dtype is not None
+    variants = [Variant("official" if args.official else "own model", baseline, baseline, autocast=half, ours=False)]
     # The ranking needs no data here: sites are replaced from the last backwards, as deep sites matter least.
-    plan = vmeanba_fx.calibrate(own, [images[:2]], score_sites=False)
+    plan = vmeanba_fx.calibrate(own, [torch.randn(2, 3, args.size, args.size, device="cuda")], score_sites=False)
     sites = [s.name for s in plan.sites]
     for fraction in args.fractions:
         k = round(fraction * len(sites))
         gm = plan.apply(sites=sites[len(sites) - k :]) if k else plan.apply(0)
-        expected = gm(images) if k else variants[0].expected
-        for how in args.ours if dtype is not None else ["autocast"]:
-            label = f"ours k={k}" + ("" if how == "autocast" else f", {how}")
-            if how == "baked":
-                variants.append(Variant(label, vmeanba_fx.bake_autocast(gm, dtype), images, expected, False))
-            elif how == "half":
-                variants.append(Variant(label, copy.deepcopy(gm).to(dtype), images.to(dtype), expected, False))
-            else:
-                variants.append(Variant(label, gm, images, expected, True))
+        label, reference = f"ours k={k}", gm if k else baseline
+        if not half or "autocast" in args.ours:
+            variants.append(Variant(label, gm, reference, autocast=half))
+        if half and "baked" in args.ours:
+            variants.append(Variant(f"{label}, baked", vmeanba_fx.bake_autocast(gm, dtype), reference))
+        if half and "half" in args.ours:
+            variants.append(Variant(f"{label}, half", copy.deepcopy(gm).to(dtype), reference, dtype))
     return variants[args.skip_official :]
 
 
@@ -150,17 +149,19 @@ def tf32() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def one_row(args: argparse.Namespace, run: Callable[[Tensor], Tensor], v: Variant, limit: float) -> dict[str, Any]:
+def one_row(
+    args: argparse.Namespace, run: Callable[[Tensor], Tensor], images: Tensor, expected: Tensor, limit: float
+) -> dict[str, Any]:
     """Check, then time."""
     with locked(args.lock, fcntl.LOCK_SH):
-        error = relative(run(v.images).float(), v.expected)
+        error = relative(run(images).float(), expected)
     if not error <= limit:
         return {"error": error, "ms": float("nan"), "images/s": "WRONG NUMBERS"}
     with locked(args.lock, fcntl.LOCK_EX):
-        ms, peak = timed(run, v.images, args.seconds)
+        ms, peak = timed(run, images, args.seconds)
         if args.profile:
-            print(slowest_kernels(run, v.images), flush=True)
-    return {"error": error, "ms": ms, "peak MiB": peak, "images/s": f"{1e3 * len(v.images) / ms:.0f}"}
+            print(slowest_kernels(run, images), flush=True)
+    return {"error": error, "ms": ms, "peak MiB": peak, "images/s": f"{1e3 * len(images) / ms:.0f}"}
 
 
 @contextlib.contextmanager

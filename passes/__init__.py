@@ -4,10 +4,12 @@ from .bake_autocast import bake_autocast
 from .channels_last import channels_last
 from .cleanup import cleanup
 from .drop_annihilated import drop_annihilated
+from .flatten_positions import flatten_positions
 from .functionalize import functionalize
 from .fuse_means import fuse_means
 from .fuse_shared import fuse_shared
 from .fuse_ss2d import fuse_ss2d
+from .join_scans import join_scans
 from .lift_skip import lift_skip
 from .manager import Pass, PassRecord, check_graph, run_passes
 from .mean_scan import mean_scan
@@ -26,10 +28,12 @@ __all__ = [
     "cleanup",
     "drop_annihilated",
     "find_readout",
+    "flatten_positions",
     "functionalize",
     "fuse_means",
     "fuse_shared",
     "fuse_ss2d",
+    "join_scans",
     "lift_skip",
     "mean_scan",
     "merge_skips",

@@ -33,6 +33,7 @@ from .cleanup import cleanup
 
 NAME = "bake_autocast"
 _CASTABLE = {torch.float32, torch.float16, torch.bfloat16}
+_MOVES = {aten.permute.default, aten.transpose.int, aten.flatten.using_ints, aten.unflatten.int}
 # Autocast's lists (ATen/autocast_mode.h), as far as captured graphs hold their operators.
 HALF = {
     aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default, aten.linear.default,
@@ -91,14 +92,16 @@ def _is_half_norm(node: fx.Node, dtype: torch.dtype) -> bool:
 
 
 def _wants_half(node: fx.Node) -> bool:
-    moves = (aten.permute.default, aten.transpose.int, aten.flatten.using_ints, aten.contiguous.default)
+    moves = _MOVES | {aten.contiguous.default}
     return node.target in HALF or (node.target in moves and all(_wants_half(user) for user in node.users))
 
 
 def _cast(
     gm: fx.GraphModule, node: fx.Node, dtype: torch.dtype, casts: dict[tuple[fx.Node, torch.dtype], fx.Node]
 ) -> fx.Node:
-    """``node`` in ``dtype``; made once, right behind it. A weight becomes a buffer of that type."""
+    """``node`` in ``dtype``; made once, right behind it, but before what only moves it: there a compiler can fuse it with the
+    step that computed it. A weight becomes a buffer of that type.
+    """
     if (node, dtype) not in casts:
         emit = Emitter(gm.graph, node.next, NAME, like=node)
         if is_parameter_only(node):
@@ -106,6 +109,8 @@ def _cast(
             name = str(node.target if node.op == "get_attr" else node.name).replace(".", "_")
             name += f"_{str(dtype).removeprefix('torch.')}"
             casts[node, dtype] = emit.get_attr(gm, name, full.to(value(node).device, dtype))
+        elif node.target in _MOVES:
+            casts[node, dtype] = emit(node.target, _cast(gm, node.args[0], dtype, casts), *node.args[1:])
         else:
             casts[node, dtype] = emit(aten.to.dtype, node, dtype)
     return casts[node, dtype]

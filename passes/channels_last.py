@@ -34,11 +34,11 @@ from .cleanup import cleanup
 
 NAME = "channels_last"
 _FIRST, _LAST = [0, 3, 1, 2], [0, 2, 3, 1]
-_UNARY = {
+UNARY = {
     aten.gelu.default, aten.silu.default, aten.relu.default, aten.sigmoid.default, aten.tanh.default, aten.neg.default,
     aten.dropout.default, aten.to.dtype, aten.contiguous.default, aten.clone.default,
 }  # fmt: skip
-_BINARY = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
+BINARY = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
 
 
 def channels_last(gm: fx.GraphModule) -> fx.GraphModule:
@@ -80,9 +80,9 @@ def _to_linear(conv: fx.Node) -> None:
 
 def _sink(node: fx.Node) -> None:
     """``f(permute(x))`` becomes ``permute(f(x))``, so that permutations move towards the outputs and meet."""
-    if node.target in _UNARY and _is_first(node.args[0]):
+    if node.target in UNARY and _is_first(node.args[0]):
         inside = [node.args[0].args[0], *node.args[1:]]
-    elif node.target in _BINARY and (operands := _operands(node)) is not None:
+    elif node.target in BINARY and (operands := _operands(node)) is not None:
         inside = operands
     else:
         return

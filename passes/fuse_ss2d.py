@@ -36,10 +36,11 @@ _ALIGN = 8
 
 def fuse_ss2d(gm: fx.GraphModule) -> fx.GraphModule:
     """Rewrite ``gm`` in place and return it."""
-    return fuse_each(gm, scan_nodes(gm), _fuse)
+    return fuse_each(gm, scan_nodes(gm), fuse_site)
 
 
-def _fuse(gm: fx.GraphModule, scan: fx.Node) -> None:
+def fuse_site(gm: fx.GraphModule, scan: fx.Node) -> None:
+    """Fuse one site, or raise :class:`Unprovable` and leave the graph's values as they were."""
     a = scan_arguments(scan)
     groups, _ = group_shape(value(a["u"]), value(a["B"]))
     if not is_parameter_only(a["A"]):

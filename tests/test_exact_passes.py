@@ -18,7 +18,8 @@ from vmeanba_fx.graph import NOT_FUSED, aten, scan_nodes
 from vmeanba_fx.models import VSSM
 from vmeanba_fx.ops.directions import direction_table
 
-EXACT = ("drop_annihilated", "merge_skips", "fuse_ss2d", "fuse_shared", "fuse_means", "channels_last", "cleanup")
+EXACT = ("drop_annihilated", "merge_skips", "fuse_ss2d", "join_scans", "fuse_shared", "fuse_means", "channels_last",
+         "flatten_positions", "cleanup")  # fmt: skip
 BOUND = {torch.float32: 1e-5, torch.float64: 1e-12}
 OURS = torch.ops.vmeanba_fx
 COMMON = {"depths": [1, 1], "dims": 12, "patch_size": 4, "in_chans": 3, "num_classes": 5, "imgsize": 32}

@@ -51,10 +51,8 @@ def test_lossless_and_fully_replaced(name):
         assert relative_error(lossless(x), expected) < 1e-5
         assert relative_error(replaced(x), literal) < 1e-5
         assert relative_error(literal, expected) > 0.02, "the scans do not matter here, so equality proves nothing"
-    if name == "v0seq":  # each direction is a call of its own: the sum of four is not one site's merge
-        assert len(vmeanba_fx.report(lossless).unfused) == n
-    else:
-        assert targets(lossless).count(OURS.ss2d.default) == n
+    # v0seq: each direction is a call of its own, and the four of a block become one op.
+    assert targets(lossless).count(OURS.ss2d.default) == (n // 4 if name == "v0seq" else n)
     if name not in ("onnone", "ondwconv3", "onsoftmax"):
         assert not [t for t in targets(replaced) if "aten" not in str(t) and "getitem" not in str(t)]
 

@@ -78,7 +78,7 @@ class Merge:
 
 def find_cross_scan(u: fx.Node, groups: int) -> CrossScan:
     """The cross scan that made ``u`` (B, K*D, L), K = ``groups``."""
-    source = _source(u)
+    source = map_behind(u)
     rows = _Rows(u.graph)
     channels_all, length = shape_of(u, rows.batch)[1:]
     channels = channels_all // groups
@@ -250,7 +250,7 @@ def _numel(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
 
 
-def _source(u: fx.Node) -> fx.Node:
+def map_behind(u: fx.Node) -> fx.Node:
     """The one value that ``u`` is a rearranged copy of."""
     frontier: set[fx.Node] = set()
     seen: set[fx.Node] = set()
@@ -296,16 +296,24 @@ def _geometry(shape: tuple[int, ...], last: bool, order: Tensor) -> tuple[int, i
 
 def _contraction_input(delta: fx.Node, source: fx.Node) -> fx.Node:
     """What the last projection before ``delta`` reads: the low-rank step features."""
-    node = delta
-    while True:
-        inputs = [a for a in node.all_input_nodes if not is_parameter_only(a) and depends_on(a, source)]
-        if len(inputs) != 1:
-            raise Unprovable("delta is not made by one projection")
-        if node.target not in _MOVES and node.target not in _BIASED:
-            return inputs[0]
-        node = inputs[0]
+    seen: set[fx.Node] = set()
+    projections: set[fx.Node] = set()
+    stack = [delta]
+    while stack:
+        node = stack.pop()
+        if node in seen or is_parameter_only(node) or not depends_on(node, source):
+            continue
+        seen.add(node)
         if node is source:
             raise Unprovable("delta is the map itself, not a projection of it")
+        if node.target in _MOVES or node.target in _BIASED:
+            stack.extend(node.all_input_nodes)
+        else:
+            projections.add(node)
+    inputs = {a for p in projections for a in p.all_input_nodes if not is_parameter_only(a) and depends_on(a, source)}
+    if len(projections) != 1 or len(inputs) != 1:
+        raise Unprovable("delta is not made by one projection")
+    return inputs.pop()
 
 
 def _candidates(start: fx.Node, count: int, batch: int) -> Iterator[fx.Node]:

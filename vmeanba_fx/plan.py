@@ -33,9 +33,11 @@ from .passes import (
     channels_last,
     cleanup,
     drop_annihilated,
+    flatten_positions,
     fuse_means,
     fuse_shared,
     fuse_ss2d,
+    join_scans,
     mean_scan,
     merge_skips,
     rank_scan,
@@ -252,7 +254,10 @@ class Plan:
 
     def _passes(self, chosen: list[str]) -> list[Pass]:
         lossy = [Pass("mean_scan", partial(mean_scan, sites=chosen, mean=self.mean), exact=False)] if chosen else []
-        exact = (drop_annihilated, merge_skips, fuse_ss2d, fuse_shared, fuse_means, channels_last, cleanup)
+        exact = (
+            drop_annihilated, merge_skips, fuse_ss2d, join_scans, fuse_shared, fuse_means, channels_last, flatten_positions,
+            cleanup,
+        )  # fmt: skip
         return [*lossy, *(Pass(run.__name__, run, exact=True) for run in exact)]
 
     def _fitted(
