@@ -14,6 +14,7 @@ from .lift_skip import lift_skip
 from .manager import Pass, PassRecord, check_graph, run_passes
 from .mean_scan import mean_scan
 from .merge_skips import merge_skips
+from .pack_weights import pack_weights
 from .rank_scan import RankFit, rank_scan
 from .refit import Readout, find_readout, refit
 
@@ -37,6 +38,7 @@ __all__ = [
     "lift_skip",
     "mean_scan",
     "merge_skips",
+    "pack_weights",
     "rank_scan",
     "refit",
     "run_passes",

@@ -16,7 +16,7 @@ if importlib.util.find_spec("vmeanba_fx.passes") is None:
     sys.modules["vmeanba_fx.passes"] = _passes
     _spec.loader.exec_module(_passes)
 
-from .api import apply_plan, bake_autocast, transform
+from .api import apply_plan, bake_autocast, pack_weights, transform
 from .calibrate import calibrate
 from .capture import capture
 from .errors import (
@@ -63,6 +63,7 @@ __all__ = [
     "export",
     "find_sites",
     "load",
+    "pack_weights",
     "register_scan",
     "report",
     "symbolic_trace",

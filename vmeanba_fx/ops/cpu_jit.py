@@ -17,6 +17,8 @@ from torch import Tensor
 
 from .directions import direction_table, inverse_table
 
+# What the 2-D kernel reads and writes as it is.
+_READ = (torch.float32, torch.bfloat16)
 # States that a thread should have to work on: handing it less costs more time than it saves.
 _LEAST_WORK = 1 << 15
 
@@ -50,7 +52,7 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtyp
     out = torch.empty(u.shape, dtype=torch.float32)
     u, delta, z, B, C = (_rows(x) for x in (u, delta, z, B, C))
     arguments = (
-        K, channels // K, N, length, delta_softplus, u, *_strides(u, 2), delta, *_strides(delta, 2), _decay(A), B,
+        K, channels // K, N, length, delta_softplus, u, *_strides(u, 2), delta, *_strides(delta, 2), _table(A), B,
         *_strides(B, 3), C, *_strides(C, 3), _rows(D), z, *_strides(z, 2), _rows(delta_bias), out,
     )  # fmt: skip
     kernels = _kernels()
@@ -66,7 +68,7 @@ def shared_scan(u, delta, A, B, C, delta_bias, delta_softplus, out_dtype) -> Ten
     out = torch.empty(u.shape, dtype=torch.float32)
     u, delta, B, C = (_rows(x) for x in (u, delta, B, C))
     arguments = (
-        K, R, N, length, delta_softplus, u, *_strides(u, 3), delta, *_strides(delta, 2), _decay(A), B, *_strides(B, 3), C,
+        K, R, N, length, delta_softplus, u, *_strides(u, 3), delta, *_strides(delta, 2), _table(A), B, *_strides(B, 3), C,
         *_strides(C, 3), _rows(delta_bias), out,
     )  # fmt: skip
     _run(_kernels().shared_scan, batch * K, out.numel() * N, arguments)
@@ -92,7 +94,7 @@ def shared_scan2d(u, delta, A, B, C, delta_bias, directions, order, delta_softpl
     u, delta, B, C = (x.float().flatten(-2) for x in (u, delta, B, C))
     u_strides = _strides(u.expand(-1, K, -1, -1), 4)
     arguments = (
-        K, R, N, length, delta_softplus, u, *u_strides, delta, *_strides(delta, 3), _decay(A), B, *_strides(B, 4), C,
+        K, R, N, length, delta_softplus, u, *u_strides, delta, *_strides(delta, 3), _table(A), B, *_strides(B, 4), C,
         *_strides(C, 4), _rows(delta_bias), _order(directions, order, height, width), out,
     )  # fmt: skip
     _run(_kernels().shared_scan2d, batch * K, out.numel() * N, arguments)
@@ -103,30 +105,36 @@ def ss2d(x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplu
     """See `ops.ss2d`; fills `out`."""
     batch, channels, height, width = x.shape
     K, R, N, length = feats.shape[1], dt_weight.shape[2], A.shape[1], height * width
-    in_place = out.dtype is torch.float32 and out.is_contiguous(memory_format=torch.channels_last)
-    merged = out if in_place else torch.empty(batch, height, width, channels)
-    (x, x_b, x_p), (feats, f_b, f_k, f_p) = _by_position(x), _by_position(feats)
+    x, feats = _by_position(x if x.dtype in _READ else x.float()), _by_position(feats.float())
+    in_place = out.dtype in _READ and _is_by_position(out)
+    target = out if in_place else torch.empty(batch, height, width, channels).permute(0, 3, 1, 2)
     arguments = (
-        K, channels, R, N, length, delta_softplus, x, x_b, x_p, feats, f_b, f_k, f_p, dt_weight.float().contiguous(),
-        _decay(A), _rows(D), _rows(delta_bias), _order(directions, order, height, width), merged,
+        K, channels, R, N, length, delta_softplus, x, x.element_size(), *_position_strides(x), feats,
+        *_position_strides(feats), _table(dt_weight), _table(A), _rows(D), _rows(delta_bias),
+        _order(directions, order, height, width), target, target.element_size(), *_position_strides(target),
     )  # fmt: skip
     kernels = _kernels()
     _run(kernels.ss2d, batch * -(-channels // kernels.LANES), batch * K * channels * length * N, arguments)
     if not in_place:
-        out.copy_(merged.permute(0, 3, 1, 2))
+        out.copy_(target)
 
 
-def _by_position(maps: Tensor) -> tuple:
-    """(..., C, H, W) in float32 with the channels of a position side by side: itself or a copy; strides in bytes.
-
-    The strides are those of the dims before C, and from a position to the next.
-    """
+def _is_by_position(maps: Tensor) -> bool:
+    """Whether the channels of (..., C, H, W) lie side by side, and the positions at one distance."""
     height, width = maps.shape[-2:]
-    *outer, channel, row, column = maps.stride()
-    if maps.dtype is not torch.float32 or channel != 1 or (height > 1 and width > 1 and row != width * column):
-        maps = maps.float().movedim(-3, -1).contiguous().movedim(-1, -3)
-        *outer, _, row, column = maps.stride()
-    return maps, *(4 * stride for stride in outer), 4 * (row if width == 1 else column)
+    channel, row, column = maps.stride()[-3:]
+    return (channel == 1 or maps.shape[-3] == 1) and (height == 1 or width == 1 or row == width * column)
+
+
+def _by_position(maps: Tensor) -> Tensor:
+    """(..., C, H, W) that `_is_by_position`: itself or a copy."""
+    return maps if _is_by_position(maps) else maps.movedim(-3, -1).contiguous().movedim(-1, -3)
+
+
+def _position_strides(maps: Tensor) -> list[int]:
+    """In bytes: of the dims before C, and from a position to the next."""
+    *outer, _, row, column = maps.stride()
+    return [maps.element_size() * stride for stride in (*outer, row if maps.shape[-1] == 1 else column)]
 
 
 def _order(directions: list[int], order: Tensor | None, height: int, width: int) -> Tensor:
@@ -145,9 +153,8 @@ def _rows(tensor: Tensor | None) -> Tensor | None:
     return tensor.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
 
 
-def _decay(A: Tensor) -> Tensor:
-    """exp(dt A) = exp2(dt (A log2 e))."""
-    return A.float().mul(_kernels().LOG2_E).contiguous()
+def _table(tensor: Tensor) -> Tensor:
+    return tensor.float().contiguous()
 
 
 def _strides(tensor: Tensor | None, dims: int) -> list[int]:

@@ -19,7 +19,9 @@ from .cpu_lanes import (
     ROW,
     TILE,
     aligned,
+    deliver,
     exp2,
+    fetch,
     fma,
     get,
     last,
@@ -54,7 +56,7 @@ def selective_scan(data):
     Rows are copied to and fro in spans of 128 steps: where L is a power of two, rows side by side share their place in the
     caches, and vectors taken from them one by one would throw each other out.
 
-    u, delta, z (B, K*D, L); A (K*D, N) times log2(e) and `out`, both contiguous; B, C (B, K, N, L); skip, bias (K*D,).
+    u, delta, z (B, K*D, L); A (K*D, N) and `out` contiguous; B, C (B, K, N, L); skip, bias (K*D,).
     """
     (_, pieces, K, D, N, L, softplus_, u, u_b, u_c, delta, delta_b, delta_c, A, B, B_b, B_k, B_n, C, C_b, C_k, C_n, skip, z,
      z_b, z_c, bias, out) = table(data, 28)  # fmt: skip
@@ -77,10 +79,8 @@ def selective_scan(data):
         u_at, delta_at = u + item * u_b + channel * u_c, delta + item * delta_b + channel * delta_c
         B_at, C_at, z_at = B + item * B_b + k * B_k, C + item * C_b + k * C_k, z + item * z_b + channel * z_c
         out_at = out + 4 * L * (item * K * D + channel)
-        for n in range(N):
-            store(state + ROW * n, zero)
-            for i in range(LANES):
-                put(decay + ROW * n + 4 * i, get(A + 4 * ((channel + min(i, rows - 1)) * N + n)))
+        read_decays(A + 4 * channel * N, N, rows, decay)
+        clear(state, N)
         shift = load_some(bias + 4 * channel, rows) if bias else zero
         weight = load_some(skip + 4 * channel, rows) if skip else zero
         for begin in range(0, L, SPAN // 4):
@@ -99,13 +99,9 @@ def selective_scan(data):
                     store(dt_t + ROW * i, dt)
                     store(du_t + ROW * i, dt * load(x_t + ROW * i))
                 for i in range(min(LANES, steps - t)):
-                    dt, du = load(dt_t + ROW * i), load(du_t + ROW * i)
-                    y = weight * load(x_t + ROW * i)
-                    for n in range(N):
-                        drive = du * read(B_rows + SPAN * n + 4 * (t + i))
-                        h = fma(exp2(dt * load(decay + ROW * n)), load(state + ROW * n), drive)
-                        store(state + ROW * n, h)
-                        y = fma(h, read(C_rows + SPAN * n + 4 * (t + i)), y)
+                    dt, du, y = load(dt_t + ROW * i), load(du_t + ROW * i), weight * load(x_t + ROW * i)
+                    B_now, C_now = B_rows + 4 * (t + i), C_rows + 4 * (t + i)
+                    y = advance(dt, du, y, N, decay, state, B_now, C_now, SPAN)
                     store(y_t + ROW * i, y)
                 transpose(y_t, y_t)
                 read_rows(y_t, ROW, rows, LANES, out_rows + 4 * t, SPAN)
@@ -121,15 +117,17 @@ def selective_scan(data):
 def ss2d(data):
     """A piece is 16 channels of one batch item; the lanes are channels, and one position after another is read and added to.
 
-    x (B, L, D); feats (B, K, L, R + 2N); weight (K, D, R), A (K*D, N) times log2(e), order (K, L) and out (B, L, D) all
-    contiguous; skip (D,); bias (K*D,).
+    The sum over directions is kept for these channels alone, (L, 16), and the last direction writes it to `out`.
+
+    x, out (B, L, D) with numbers of x_size, out_size bytes (2: bfloat16); feats (B, K, L, R + 2N); weight (K, D, R),
+    A (K*D, N) and order (K, L) contiguous; skip (D,); bias (K*D,).
     """
-    (_, pieces, K, D, R, N, L, softplus_, x, x_b, x_p, feats, f_b, f_k, f_p, weight, A, skip, bias, order, out) = table(
-        data, 21
-    )
+    (_, pieces, K, D, R, N, L, softplus_, x, x_size, x_b, x_p, feats, f_b, f_k, f_p, weight, A, skip, bias, order, out,
+     out_size, out_b, out_p) = table(data, 25)  # fmt: skip
     R_rows = (R + LANES - 1) // LANES * LANES
     scratch = np.empty((TILE // 2 + 2 * N * ROW + R_rows * ROW) // 4 + LANES, np.float32)
-    dt_t = aligned(scratch)
+    sums = np.empty(L * LANES + LANES, np.float32)
+    dt_t, sum_t = aligned(scratch), aligned(sums)
     decay, state = dt_t + TILE // 2, dt_t + TILE // 2 + N * ROW
     weight_r = state + N * ROW
     tiles = (D + LANES - 1) // LANES
@@ -141,33 +139,48 @@ def ss2d(data):
         item, tile = divmod(piece, tiles)
         channel = LANES * tile
         rows = min(LANES, D - channel)
-        x_at, out_at = x + item * x_b + 4 * channel, out + 4 * (item * L * D + channel)
+        x_at, out_at = x + item * x_b + x_size * channel, out + item * out_b + out_size * channel
         scale = load_some(skip + 4 * channel, rows) if skip else zero
         for k in range(K):
             for r in range(0, R, LANES):
                 read_rows(weight + 4 * ((k * D + channel) * R + r), 4 * R, rows, min(LANES, R - r), weight_r + ROW * r, ROW)
                 load_columns(weight_r + ROW * r, ROW, rows, weight_r + ROW * r)
-            for n in range(N):
-                store(state + ROW * n, zero)
-                for i in range(LANES):
-                    put(decay + ROW * n + 4 * i, get(A + 4 * ((k * D + channel + min(i, rows - 1)) * N + n)))
+            read_decays(A + 4 * (k * D + channel) * N, N, rows, decay)
+            clear(state, N)
             shift = load_some(bias + 4 * (k * D + channel), rows) if bias else zero
             f_at, order_at = feats + item * f_b + k * f_k, order + 8 * k * L
             for t in range(0, L, 8):
                 _step_sizes(f_at, f_p, order_at + 8 * t, min(8, L - t), R, weight_r, shift, softplus_, dt_t)
                 for i in range(min(8, L - t)):
                     p = position(order_at + 8 * (t + i))
-                    f = f_at + f_p * p + 4 * R
-                    x_now = load_some(x_at + x_p * p, rows)
+                    B_at = f_at + f_p * p + 4 * R
+                    x_now = fetch(x_at + x_p * p, rows, x_size)
+                    y = scale * x_now if k == 0 else load(sum_t + ROW * p)
                     dt = load(dt_t + ROW * i)
-                    du = dt * x_now
-                    y = scale * x_now if k == 0 else load_some(out_at + 4 * D * p, rows)
-                    for n in range(N):
-                        drive = du * read(f + 4 * n)
-                        h = fma(exp2(dt * load(decay + ROW * n)), load(state + ROW * n), drive)
-                        store(state + ROW * n, h)
-                        y = fma(h, read(f + 4 * (N + n)), y)
-                    store_some(out_at + 4 * D * p, y, rows)
+                    y = advance(dt, dt * x_now, y, N, decay, state, B_at, B_at + 4 * N, 4)
+                    if k < K - 1:
+                        store(sum_t + ROW * p, y)
+                    else:
+                        deliver(out_at + out_p * p, y, rows, out_size)
+
+
+@njit(nogil=True)
+def read_decays(A_at, N, rows, decay):
+    """For each state a vector of the A of `rows` channels, times log2(e); A (rows, N). Lanes beyond repeat the last one."""
+    for n in range(N):
+        for i in range(LANES):
+            put(decay + ROW * n + 4 * i, get(A_at + 4 * (min(i, rows - 1) * N + n)))
+        store(decay + ROW * n, load(decay + ROW * n) * spread(np.float32(LOG2_E)))
+
+
+@njit(nogil=True)
+def advance(dt, du, y, N, decay, state, B_at, C_at, stride):
+    """One step of N states of 16 channels; returns y + <C, h>. `stride` leads from one state's B and C to the next one's."""
+    for n in range(N):
+        h = fma(exp2(dt * load(decay + ROW * n)), load(state + ROW * n), du * read(B_at + stride * n))
+        store(state + ROW * n, h)
+        y = fma(h, read(C_at + stride * n), y)
+    return y
 
 
 @njit(nogil=True)
@@ -206,7 +219,7 @@ def _step_sizes(f_at, f_p, order_at, count, R, weight_r, shift, softplus_, dt_t)
 
 
 def shared_scan(data):
-    """A piece is one group of one batch item; the lanes are 16 steps. A (K, N) times log2(e), bias (K,), out (B, K, R, L)."""
+    """A piece is one group of one batch item; the lanes are 16 steps. A (K, N), bias (K,), out (B, K, R, L)."""
     (_, pieces, K, R, N, L, softplus_, u, u_b, u_k, u_r, delta, delta_b, delta_k, A, B, B_b, B_k, B_n, C, C_b, C_k, C_n, bias,
      out) = table(data, 25)  # fmt: skip
     scratch = np.empty(BLOCK + R * N * LANES + LANES, np.float32)
@@ -282,7 +295,7 @@ def _step_rows(delta_at, steps, shift, softplus_, dt_t):
 @njit(nogil=True)
 def _shared_block(steps, R, N, dt_t, u_at, u_r, A_at, B_at, B_n, C_at, C_n, state, out_at, out_r):
     for n in range(N):
-        decay = read(A_at + 4 * n)
+        decay = read(A_at + 4 * n) * spread(np.float32(LOG2_E))
         for t in range(0, steps, LANES):
             count = min(LANES, steps - t)
             dt = load(dt_t + 4 * t)

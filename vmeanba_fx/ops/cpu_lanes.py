@@ -27,7 +27,7 @@ LOG2_E = 1.4426950408889634
 _ROUND = 12582912.0  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits
 
 _f32, _i32, _i64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-_vector, _integers = ir.VectorType(_f32, LANES), ir.VectorType(_i32, LANES)
+_vector, _integers, _halves = (ir.VectorType(kind, LANES) for kind in (_f32, _i32, ir.IntType(16)))
 
 
 class Lanes(types.Type):
@@ -101,6 +101,20 @@ def _silu(b, x):
     return b.fdiv(x, b.fadd(e, _constant(1.0)))
 
 
+def _widen(b, halves):
+    """Sixteen bfloat16, as integers, to float32."""
+    return b.bitcast(b.shl(b.zext(halves, _integers), _constant(16, _integers)), _vector)
+
+
+def _narrow(b, x):
+    """The nearest bfloat16, to even; NaN stays NaN."""
+    bits = b.bitcast(x, _integers)
+    odd = b.and_(b.lshr(bits, _constant(16, _integers)), _constant(1, _integers))
+    rounded = b.add(b.add(bits, _constant(0x7FFF, _integers)), odd)
+    rounded = b.select(b.fcmp_unordered("uno", x, x), _constant(0x7FC00000, _integers), rounded)
+    return b.trunc(b.lshr(rounded, _constant(16, _integers)), _halves)
+
+
 def _shift(b, x, steps, fill):
     """x[i - steps], and `fill` in the first `steps`. Not one shuffle with `fill`: its code is slower."""
     turned = b.shuffle_vector(x, x, _indices((i - steps) % LANES for i in range(LANES)))
@@ -165,6 +179,28 @@ def store_part(context, address, value, count):
     def build(b, address, value, count):
         arguments = value, _at(b, address, _vector), _i32(4), _mask(b, count)
         _call(b, "llvm.masked.store.v16f32.p0", ir.VoidType(), *arguments)
+
+    return types.void(types.int64, lanes, types.int64), _lower(build)
+
+
+@intrinsic
+def load_half(context, address, count):
+    """The first `count` of 16 bfloat16, then zeros."""
+
+    def build(b, address, count):
+        arguments = _at(b, address, _halves), _i32(2), _mask(b, count), _constant(0, _halves)
+        return _widen(b, _call(b, "llvm.masked.load.v16i16.p0", _halves, *arguments))
+
+    return lanes(types.int64, types.int64), _lower(build)
+
+
+@intrinsic
+def store_half(context, address, value, count):
+    """The first `count` of 16 floats as bfloat16."""
+
+    def build(b, address, value, count):
+        arguments = _narrow(b, value), _at(b, address, _halves), _i32(2), _mask(b, count)
+        _call(b, "llvm.masked.store.v16i16.p0", ir.VoidType(), *arguments)
 
     return types.void(types.int64, lanes, types.int64), _lower(build)
 
@@ -301,6 +337,32 @@ def last(context, x):
 
 
 @intrinsic
+def total(context, x):
+    """The sum of the lanes in all lanes."""
+
+    def build(b, x):
+        for steps in (8, 4, 2, 1):
+            x = b.fadd(x, b.shuffle_vector(x, x, _indices((i + steps) % LANES for i in range(LANES))))
+        return x
+
+    return lanes(lanes), _lower(build)
+
+
+@intrinsic
+def keep(context, x, count):
+    """The first `count` lanes, then zeros."""
+    return lanes(lanes, types.int64), _lower(lambda b, x, count: b.select(_mask(b, count), x, _constant(0.0)))
+
+
+@intrinsic
+def inverse_root(context, x):
+    def build(b, x):
+        return b.fdiv(_constant(1.0), _call(b, "llvm.sqrt.v16f32", _vector, x))
+
+    return lanes(lanes), _lower(build)
+
+
+@intrinsic
 def transpose(context, source, target):
     """16 x 16 floats in 16 successive vectors, from one address to another."""
 
@@ -329,6 +391,20 @@ def store_some(address, value, count):
         store(address, value)
     else:
         store_part(address, value, count)
+
+
+@njit(nogil=True)
+def fetch(address, count, size):
+    """`count` numbers of `size` bytes: float32, or bfloat16 widened."""
+    return load_half(address, count) if size == 2 else load_some(address, count)
+
+
+@njit(nogil=True)
+def deliver(address, value, count, size):
+    if size == 2:
+        store_half(address, value, count)
+    else:
+        store_some(address, value, count)
 
 
 @njit(nogil=True)
