@@ -126,7 +126,8 @@ def test_scenes_follow_from_their_numbers(scripts):
     assert 0 <= float(drawn.min()) and float(drawn.max()) < 1 and abs(float(drawn.mean()) - 0.5) < 1e-3
 
 
-@pytest.mark.parametrize("name", ["deep", "scan_v05_digits", "scan_v0_digits", "scan_live_digits", "scan_vim_digits"])
+@pytest.mark.parametrize("name", ["deep", "scan_v05_digits", "scan_v0_digits", "scan_live_digits", "scan_vim_digits",
+                                  "scan_mambavision_digits", "mambavision_fashion"])  # fmt: skip
 def test_trained_models_load(scripts, name):
     common = importlib.import_module("common")
     task = common.TASKS[name]

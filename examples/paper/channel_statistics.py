@@ -154,8 +154,8 @@ def main() -> None:
             name = list(figure)[len(figure) // 2] if figure else None
             if name:
                 kept[f"{task.title}: {name}"] = figure[name]
-        write_csv(values, rows)
-        torch.save(kept, args.out / "channel_statistics.pt")
+            write_csv(values, rows)
+            torch.save(kept, args.out / "channel_statistics.pt")
     rows, origin = read_csv(values)
     head = list(rows[0])
     text = [[f"{float(v):.2f}" if key not in ("task", "site", "D", "N", "L") else v for key, v in r.items()] for r in rows]

@@ -9,13 +9,14 @@ same sites for all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from channel_statistics import Scans
-from common import TASKS, VARIANTS, Study, parser, pick, provenance, write_csv, write_markdown
+from common import TASKS, VARIANTS, Study, parser, pick, read_csv, write_csv, write_tables
 from torch import Tensor
 from vmeanba_fx.passes import rank_scan
 from vmeanba_fx.passes.rank_scan import RankFit
@@ -138,56 +139,67 @@ WAYS: list[tuple[str, Callable[[Grams, int, int], tuple[Tensor, Tensor]], tuple[
 ]
 
 
-def rows_of(study: Study, quick: bool) -> list[dict[str, Any]]:
+def rows_of(study: Study, quick: bool) -> Iterator[dict[str, Any]]:
     order = study.plan(VARIANTS["mean"])
     n = len(study.sites)
-    picks = {k: order.choose(k) for k in (1, (n + 1) // 2, n)}
+    picks = {"one": 1, "half": (n + 1) // 2, "all": n}
     of_site = grams(study)
-    rows = []
 
-    def add(way: str, r: int, fits: dict[str, RankFit], measured: Callable[[list[str]], float]) -> None:
-        row: dict[str, Any] = {"task": study.task.name, "way": way, "r": r}
-        row["explained, %"] = round(100 * sum(f.energy for f in fits.values()) / max(len(fits), 1), 1)
-        for (k, names), label in zip(picks.items(), ("one", "half", "all"), strict=False):
-            row[f"drop, {label}"] = round(study.base - measured(names), 3)
-            row[f"K, {label}"] = k
-        rows.append(row)
-        print(row, flush=True)
+    def row(way: str, r: int, fits: dict[str, RankFit], measured: Callable[[list[str]], float]) -> dict[str, Any]:
+        found: dict[str, Any] = {"task": study.task.name, "way": way, "r": r}
+        found["explained, %"] = round(100 * sum(f.energy for f in fits.values()) / max(len(fits), 1), 1)
+        for label, k in picks.items():
+            found[f"drop, {label}"] = round(study.base - measured(order.choose(k)), 3)
+            found[f"K, {label}"] = k
+        return found
 
     def rewritten(fits: dict[str, RankFit], names: list[str]) -> float:
         gm = rank_scan(copy_graph(study.graph), {name: fits[name] for name in names})
         gm.recompile()
         return study.measure(gm)
 
+    for r in (1,) if quick else (1, 4, 16):
+        plan = study.plan(VARIANTS[f"rank{r}"])
+        yield row("rank r", r, plan.fits, lambda names, plan=plan: study.measure(plan.apply(sites=names, skip_passes=study.skipped)))
     for way, make, ranks in WAYS[:2] if quick else WAYS:
         for r in ranks:
             fits = {}
             for name, g in of_site.items():
                 W, V = make(g, r, 0)
                 fits[name] = RankFit(W, V, g.weights, None, None, g.explained(W, V), g.rows)
-            add(way, r, fits, lambda names, fits=fits: rewritten(fits, names))
-    for r in (1,) if quick else (1, 4, 16):
-        plan = study.plan(VARIANTS[f"rank{r}"])
-        add("rank r", r, plan.fits, lambda names, plan=plan: study.measure(plan.apply(sites=names, skip_passes=study.skipped)))
-    return rows
+            yield row(way, r, fits, lambda names, fits=fits: rewritten(fits, names))
+
+
+def tables(path: Path) -> Iterator[tuple[str, list[str], list[list[str]], list[str]]]:
+    rows, origin = read_csv(path)
+    for name in dict.fromkeys(r["task"] for r in rows):
+        mine = [r for r in rows if r["task"] == name]
+        counts = [mine[0][f"K, {label}"] for label in ("one", "half", "all")]
+        head = ["way", "r", "explained, %", *(f"K={k}" for k in counts)]
+        drops = [[f"{float(r[f'drop, {label}']):.2f}" for label in ("one", "half", "all")] for r in mine]
+        text = [[r["way"], r["r"], r["explained, %"], *lost] for r, lost in zip(mine, drops, strict=True)]
+        yield TASKS[name].title, head, text, [origin]
 
 
 def main() -> None:
     p = parser(__doc__)
-    p.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["v05", "v0", "scan_v05_digits"])
+    p.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["scan_v05_digits", "v05", "v0"])
+    p.add_argument("--plot-only", action="store_true", help="only make the tables from the file that is there")
     args = p.parse_args()
+    values = args.out / "reductions.csv"
     rows: list[dict[str, Any]] = []
-    for task in pick(args.tasks):
-        rows += rows_of(Study(task, args), args.quick)
-        write_csv(args.out / "reductions.csv", rows)
+    for task in [] if args.plot_only else pick(args.tasks):
+        for row in rows_of(Study(task, args), args.quick):
+            rows.append(row)
+            print(row, flush=True)
+            write_csv(values, rows)
     note = (
         "Drop in points on the test split with one site, half of the sites and all of them replaced, in the order of the "
         "paper's mean. Explained: share of the energy of the scan on the calibration images, mean over the sites; negative: "
         "worse than nothing. `rank r` also changes the D of the skip, and its share is of the energy about the mean, less "
         "what a LayerNorm absorbs."
     )
-    text = [list(r.values()) for r in rows]
-    write_markdown(args.out / "reductions.md", "Other channel reductions", list(rows[0]), text, [note, provenance()])
+    write_tables(args.out / "reductions.md", tables(values), [note])
 
 
 if __name__ == "__main__":
