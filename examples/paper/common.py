@@ -276,6 +276,12 @@ SHORT = {
 } | {"mean": "paper's mean"}
 
 
+def dispensable(plan: vmeanba_fx.Plan) -> list[str]:
+    """The exact passes: to accuracy they make no difference. The cheap ones that delete dead scans are not among them."""
+    kept = ("drop_annihilated", "cleanup")
+    return [r.name for r in vmeanba_fx.report(plan.apply(0)).passes if r.exact and r.name not in kept]
+
+
 class Study:
     """A task's model, captured once, with calibration images of a seed and the test images, all on the device."""
 
@@ -290,10 +296,7 @@ class Study:
         plan = vmeanba_fx.calibrate(self.graph, self.calibration, score_sites=False)
         self.sites = plan.sites
         self._plans: dict[str, vmeanba_fx.Plan] = {}
-        # For accuracy alone the exact passes make no difference; the cheap ones that delete dead scans are kept.
-        self.skipped = [
-            r.name for r in vmeanba_fx.report(plan.apply(0)).passes if r.exact and r.name not in ("drop_annihilated", "cleanup")
-        ]
+        self.skipped = dispensable(plan)
 
     def measure(self, model: nn.Module) -> float:
         return evaluate(model, *self.test, self.task.measure)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import SHORT, TASKS, VARIANTS, batches, drawn, parser, pick, read_csv, write_csv, write_markdown
+from common import SHORT, TASKS, VARIANTS, batches, dispensable, drawn, parser, pick, read_csv, write_csv, write_markdown
 from torch import Tensor, nn
 
 import vmeanba_fx
@@ -84,13 +84,9 @@ def rows_of(name: str, args) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     cell = (images.shape[2] // height, images.shape[3] // width)
     graph = vmeanba_fx.capture(model, (calibration[0][:2],))
     forms: list[tuple[str, nn.Module]] = [("original", model)]
-    skipped = None
     for variant in (VARIANTS[v] for v in CHOSEN):
         plan = vmeanba_fx.calibrate(graph, calibration, metric="kl", score_sites=False, **variant.calibrate)
-        if skipped is None:
-            kept = ("drop_annihilated", "cleanup")
-            skipped = [r.name for r in vmeanba_fx.report(plan.apply(0)).passes if r.exact and r.name not in kept]
-        forms.append((variant.name, plan.apply(len(plan.sites), skip_passes=skipped, **variant.apply)))
+        forms.append((variant.name, plan.apply(sites="*", skip_passes=dispensable(plan), **variant.apply)))
     fields = {label: field(form, images).cpu() for label, form in forms}
     rows = [
         {"task": name, "stage": STAGES[name], "variant": label} | summary(energy, cell) for label, energy in fields.items()

@@ -9,6 +9,7 @@ same sites for all.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +161,8 @@ def rows_of(study: Study, quick: bool) -> Iterator[dict[str, Any]]:
 
     for r in (1,) if quick else (1, 4, 16):
         plan = study.plan(VARIANTS[f"rank{r}"])
-        yield row("rank r", r, plan.fits, lambda names, plan=plan: study.measure(plan.apply(sites=names, skip_passes=study.skipped)))
+        applied = functools.partial(plan.apply, skip_passes=study.skipped)
+        yield row("rank r", r, plan.fits, lambda names, applied=applied: study.measure(applied(sites=names)))
     for way, make, ranks in WAYS[:2] if quick else WAYS:
         for r in ranks:
             fits = {}
