@@ -71,6 +71,9 @@ class MambaVision(nn.Module):
         self.last_norm = nn.LayerNorm(dim)
         self.readout = nn.Linear(dim, classes)
 
+    def tokens(self, x: Tensor) -> Tensor:
+        """What the blocks make of the patches, (B, L, dim)."""
+        return self.blocks(self.embed(x).flatten(2).transpose(1, 2) + self.place)
+
     def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x).flatten(2).transpose(1, 2) + self.place
-        return self.readout(self.last_norm(self.blocks(x)).mean(1))
+        return self.readout(self.last_norm(self.tokens(x)).mean(1))

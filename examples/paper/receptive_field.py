@@ -8,6 +8,7 @@ the image, averaged over test images: how far does the middle see?
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,28 @@ from common import SHORT, TASKS, VARIANTS, batches, dispensable, drawn, parser, 
 from torch import Tensor, nn
 
 import vmeanba_fx
+from vmeanba_fx.models.vmamba import VSSM
 
 # Task -> after which stages.
-STAGES = {"scan_v05_digits": 1, "scan_v0_digits": 1, "v05": 2, "v0": 2, "deep": 3}
+STAGES = {
+    "scan_v05_digits": 1, "scan_v0_digits": 1, "scan_vim_digits": 1, "scan_mambavision_digits": 1, "v05": 2, "v0": 2, "deep": 3,
+}  # fmt: skip
 CHOSEN = ("mean", "rank1", "rank4", "rank4_refit", "rank8_refit")
 SHOWN = ("original", "mean", "rank1", "rank4", "rank4_refit")
 DIRECTIONS = 4
 
 
 class Stages(nn.Module):
-    """The first stages of a VMamba classifier: images -> map (B, C, H, W)."""
+    """The first stages of a VMamba classifier, or all of one without stages: images -> map (B, C, H, W)."""
 
     def __init__(self, model: nn.Module, count: int) -> None:
         super().__init__()
         self.model, self.count = model, count
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(self.model, VSSM):
+            tokens = self.model.tokens(x)
+            return tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
         x = self.model.embed(x)
         for layer in self.model.layers[: self.count - 1]:
             x = layer(x)
@@ -105,7 +112,7 @@ def plot(plt, kept: dict[str, dict[str, Tensor]], path: Path) -> None:
             ax.set_title(SHORT.get(label, label), fontsize=9)
             ax.set(xticks=[], yticks=[])
         line[0].set_ylabel(f"{TASKS[name].name}, stage {STAGES[name]}", fontsize=9)
-    fig.colorbar(drawn, ax=axes, label="gradient energy per pixel, log10 of the share of the original's highest", shrink=0.6)
+    fig.colorbar(drawn, ax=axes, label="gradient energy, log10", shrink=0.6)
     fig.savefig(path, dpi=100)
 
 
