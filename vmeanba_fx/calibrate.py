@@ -26,7 +26,7 @@ from .gradient import estimate_sites
 from .metrics import Metric, resolve_metric
 from .passes.mean_scan import Mean, check_mean
 from .plan import Plan
-from .reduction import Reduce, Reduction
+from .reduction import Fit, Reduce, Reduction
 from .replacing import Replacer
 from .resume import Saved
 from .scoring import Runner, measure_sites
@@ -47,6 +47,7 @@ def calibrate(
     reduce: Reduce = "mean",
     rank: int | Literal["auto"] | None = None,
     energy: float | None = None,
+    fit: Fit | None = None,
     score: Score = "measured",
     greedy: bool = False,
     held_out: bool = True,
@@ -74,6 +75,8 @@ def calibrate(
             number of sites. Scores are of the fitted site without refitted layers.
         rank: channels per direction (4), or ``"auto"``: the least of 1, 2, 4, 8, 16 that explains ``energy`` of a scan.
         energy: share of the scan's energy for ``rank="auto"`` (0.9).
+        fit: what rank-r fits keep: ``"scan"`` (default), the scan's own output, or ``"outputs"``, of it what the class
+            scores depend on (:mod:`vmeanba_fx.sensitivity`). That is one more pass, forwards and backwards.
         score: ``"measured"`` runs the model once per site and batch. ``"gradient"`` estimates all impacts from a few
             backward passes per batch (:mod:`vmeanba_fx.gradient`). ``"both"`` does both and tells their correlation.
         greedy: after every replacement, score the remaining sites again on top of those replaced, so that interactions
@@ -100,7 +103,7 @@ def calibrate(
         PlanError: ``resume`` holds the state of another run.
     """
     check_mean(mean)
-    reduction = Reduction.of(reduce, rank, energy)
+    reduction = Reduction.of(reduce, rank, energy, fit)
     check_group_by(group_by)
     if score not in get_args(Score):
         raise CalibrationError(f"score={score!r}: choose one of {', '.join(map(repr, get_args(Score)))}")

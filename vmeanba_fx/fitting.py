@@ -9,8 +9,9 @@ summed over the K directions where they are merged; U (n, D) the un-scanned map 
 
     Y ~ sum_k Z_k W_k^T V_k^T + U diag(s) + 1 b^T         W_k (r, D), V_k (D, r), s (D,), b (D,)
 
-``s`` costs nothing at run time: it goes into the D of the skip. Where a LayerNorm over the channels follows, what is
-constant over the channels makes no difference, and residuals are measured after removing it (``project``).
+``s`` costs nothing at run time: it goes into the D of the skip. An error e (D,) of one position counts as e^T G e
+(:class:`Metric`): G = 1, less what is constant over the channels where a LayerNorm over them follows, or the model's own
+sensitivity (:mod:`vmeanba_fx.sensitivity`).
 
 Ridge rule: lambda times the mean diagonal of the regressors' Gram matrix, lambda the value of ``RIDGES`` with the least
 error on the other half, both halves taking turns. For a rank-r scan that error is the one of the map of full rank, which
@@ -19,6 +20,7 @@ needs no eigenvectors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +30,7 @@ RIDGES = (1e-5, 1e-3, 1e-2)
 AUTO_RANKS = (1, 2, 4, 8, 16)
 _SWEEPS = 2
 _POLISH = 8
+_FLOOR = 0.1
 
 
 class Sums:
@@ -86,27 +89,50 @@ class LowRank:
     b: Tensor
 
 
-class _Problem:
-    """One head's normal equations with the constant column removed."""
+@dataclass(frozen=True)
+class Metric:
+    """How errors of D channels count: e^T G e, G = root root with root (D, D) symmetric, ``inverse`` its (pseudo-)inverse."""
 
-    def __init__(self, gram: Tensor, layout: Layout, project: bool) -> None:
+    root: Tensor
+    inverse: Tensor
+
+    @classmethod
+    def of(cls, channels: int, *, project: bool, device: torch.device, weights: Tensor | None = None) -> Metric:
+        """``project``: what is constant over the channels does not count. ``weights`` (D, D): G up to its scale; every
+        direction counts at least ``_FLOOR`` times their mean."""
+        P = torch.eye(channels, dtype=torch.float64, device=device)
+        if project:
+            P -= 1.0 / channels
+        if weights is None or not bool(weights.any()):
+            return cls(P, P)
+        G = P @ weights @ P
+        values, vectors = torch.linalg.eigh(G + _FLOOR * G.diagonal().mean() * P)
+        counts = values > 1e-3 * _FLOOR * values.mean()
+        root = torch.where(counts, values, 0.0).sqrt()
+        inverse = torch.where(counts, values, torch.inf).rsqrt()
+        return cls((vectors * root) @ vectors.T, (vectors * inverse) @ vectors.T)
+
+
+class _Problem:
+    """One head's normal equations with the constant column removed; what is fitted is Y root, where errors count alike."""
+
+    def __init__(self, gram: Tensor, layout: Layout, metric: Metric) -> None:
         self.layout = layout
+        self.metric = metric
         rows = gram[-1, -1].clamp_min(1.0)
         self.means = gram[-1, :-1] / rows
         full = gram[:-1, :-1] - rows * torch.outer(self.means, self.means)
         z, u, y = layout.z(), layout.u, layout.y
-        D = layout.channels
-        self.P = torch.eye(D, dtype=gram.dtype, device=gram.device)
-        if project:
-            self.P -= 1.0 / D
-        self.ZZ, self.ZU, self.UU = full[z, z], full[z, u], full[u, u]
-        self.ZY, self.UY = full[z, y] @ self.P, full[u, y] @ self.P
-        self.total = float(((full[y, y] @ self.P) * self.P).sum())
+        self.root = metric.root
+        G = self.root @ self.root
+        self.ZZ, self.ZU, self.UU = full[z, z], full[z, u], full[u, u] * G
+        self.ZY, self.UY = full[z, y] @ self.root, (full[u, y] * G).sum(1)
+        self.total = float((full[y, y] * G).sum())
 
     def loss(self, M: Tensor, s: Tensor) -> float:
-        """Sum of squared residuals of Y ~ Z M + U diag(s), M (K*D, D) with M P = M."""
-        cross = (M * (self.ZY - (self.ZU * s) @ self.P)).sum() + (s * self.UY.diagonal()).sum()
-        square = (M * (self.ZZ @ M)).sum() + s @ ((self.UU * self.P) @ s)
+        """Sum of squared residuals of Y root ~ Z M + U diag(s) root, M (K*D, D)."""
+        cross = (M * (self.ZY - (self.ZU * s) @ self.root)).sum() + s @ self.UY
+        square = (M * (self.ZZ @ M)).sum() + s @ (self.UU @ s)
         return float(self.total - 2.0 * cross + square)
 
 
@@ -143,10 +169,10 @@ class _Solver:
         own = [problem.ZZ[self.layout.z(k), self.layout.z(k)] for k in range(K)]
         self.chol = [_cholesky(gram, ridge) for gram in own]
         self.penalty = torch.cat([_penalty(gram, ridge).expand(len(gram)) for gram in own])
-        self.skip_chol = _cholesky(problem.UU * problem.P, max(ridge, 1e-9)) if skip else None
+        self.skip_chol = _cholesky(problem.UU, max(ridge, 1e-9)) if skip else None
 
     def run(self, rank: int, sweeps: int = _SWEEPS, polish: int = _POLISH) -> tuple[Tensor, Tensor, Tensor]:
-        """W (K*D, K*r) block diagonal, V (D, K*r), s (D,)."""
+        """W (K*D, K*r) block diagonal, V (D, K*r) of Y root, s (D,)."""
         p, K, D = self.p, self.layout.sources, self.layout.channels
         W = p.ZZ.new_zeros(K * D, K * rank)
         V = p.ZZ.new_zeros(D, K * rank)
@@ -181,32 +207,32 @@ class _Solver:
         p = self.p
         others = W.clone()
         others[:, cols] = 0.0
-        return p.ZY[own] - (p.ZZ[own] @ others) @ V.T - (p.ZU[own] * s) @ p.P
+        return p.ZY[own] - (p.ZZ[own] @ others) @ V.T - (p.ZU[own] * s) @ p.root
 
     def _readout(self, W: Tensor, s: Tensor) -> Tensor:
         p = self.p
         gram = W.T @ (p.ZZ @ W + self.penalty[:, None] * W)
-        right = W.T @ (p.ZY - (p.ZU * s) @ p.P)
+        right = W.T @ (p.ZY - (p.ZU * s) @ p.root)
         return torch.cholesky_solve(right, _cholesky(gram, 1e-12)).T
 
     def _skip(self, W: Tensor, V: Tensor) -> Tensor:
         if self.skip_chol is None:
             return V.new_zeros(len(V))
         p = self.p
-        right = p.UY.diagonal() - ((W.T @ p.ZU) * V.T).sum(0)
+        right = p.UY - ((W.T @ p.ZU) * (p.root @ V).T).sum(0)
         return torch.cholesky_solve(right[:, None], self.skip_chol)[:, 0]
 
 
 def fit_low_rank(
-    sums: Sums, layout: Layout, rank: int, *, project: bool, skip: bool = True, bias: bool = True,
+    sums: Sums, layout: Layout, rank: int, *, metrics: Sequence[Metric], skip: bool = True, bias: bool = True,
     ridges: tuple[float, ...] = RIDGES,
 ) -> tuple[list[LowRank], float]:  # fmt: skip
-    """The fit of every head, and the share of the scan's energy (about its mean) that it explains."""
-    ridge = _best_ridge(sums, layout, project, ridges)
+    """The fit of every head, and the share of the scan's energy (about its mean, in the metric) that it explains."""
+    ridge = _best_ridge(sums, layout, metrics, ridges)
     fits: list[LowRank] = []
     left = total = 0.0
-    for gram in sums.whole:
-        problem = _Problem(gram, layout, project)
+    for gram, metric in zip(sums.whole, metrics, strict=True):
+        problem = _Problem(gram, layout, metric)
         W, V, s = _Solver(problem, ridge, skip).run(rank)
         left += max(problem.loss(W @ V.T, s), 0.0)
         total += problem.total
@@ -214,14 +240,14 @@ def fit_low_rank(
     return fits, 1.0 - left / total if total > 0 else 1.0
 
 
-def _best_ridge(sums: Sums, layout: Layout, project: bool, ridges: tuple[float, ...]) -> float:
+def _best_ridge(sums: Sums, layout: Layout, metrics: Sequence[Metric], ridges: tuple[float, ...]) -> float:
     splits = sums.splits()
     if len(ridges) == 1 or not splits:
         return ridges[-1]
     errors = [0.0] * len(ridges)
     for fit, judge in splits:
-        for a, b in zip(fit, judge, strict=True):
-            known, held_out = _Problem(a, layout, project), _Problem(b, layout, project)
+        for a, b, metric in zip(fit, judge, metrics, strict=True):
+            known, held_out = _Problem(a, layout, metric), _Problem(b, layout, metric)
             for i, ridge in enumerate(ridges):
                 M = torch.cholesky_solve(known.ZY, _cholesky(known.ZZ, ridge))
                 errors[i] += held_out.loss(M, M.new_zeros(layout.channels))
@@ -231,6 +257,7 @@ def _best_ridge(sums: Sums, layout: Layout, project: bool, ridges: tuple[float, 
 def _unpacked(problem: _Problem, W: Tensor, V: Tensor, s: Tensor, rank: int, bias: bool) -> LowRank:
     """Per direction, with W_k of unit rows, so that half precision can hold the hidden channels."""
     layout, K, D = problem.layout, problem.layout.sources, problem.layout.channels
+    V = problem.metric.inverse @ V
     Ws, Vs = [], []
     for k in range(K):
         Q, R = torch.linalg.qr(V[:, k * rank : (k + 1) * rank])
@@ -241,15 +268,15 @@ def _unpacked(problem: _Problem, W: Tensor, V: Tensor, s: Tensor, rank: int, bia
     b = s.new_zeros(D)
     if bias:
         means = problem.means
-        b = problem.P @ (means[layout.y] - (means[layout.z()] @ W) @ V.T - means[layout.u] * s)
+        b = problem.metric.inverse @ problem.root @ (means[layout.y] - (means[layout.z()] @ W) @ V.T - means[layout.u] * s)
     return LowRank(torch.stack(Ws), torch.stack(Vs), s, b)
 
 
-def auto_rank(sums: Sums, layout: Layout, energy: float, *, project: bool, skip: bool) -> int:
+def auto_rank(sums: Sums, layout: Layout, energy: float, *, metrics: Sequence[Metric], skip: bool) -> int:
     """The least of ``AUTO_RANKS`` whose fit explains ``energy`` of the scan; the largest where none does."""
     ranks = [r for r in AUTO_RANKS if r <= layout.channels]
     for rank in ranks[:-1]:
-        if fit_low_rank(sums, layout, rank, project=project, skip=skip)[1] >= energy:
+        if fit_low_rank(sums, layout, rank, metrics=metrics, skip=skip)[1] >= energy:
             return rank
     return ranks[-1]
 
@@ -258,16 +285,19 @@ def refit_linear(sums: Sums, inputs: int, ridges: tuple[float, ...]) -> tuple[Te
     """Changes of a linear layer's weight (out, in) and bias (out,) that leave the least of its error, drawn towards none.
 
     ``sums``: one head of rows [X | error | 1]; the error is what was wanted less what the layer gives. Returns the
-    changes and the share of the squared error that is left. Where there is no error, nothing changes.
+    changes and the share of the squared error that is left. Nothing changes where there is no error, or where every ridge does
+    harm on the half that it was not fitted to.
     """
+    gram = sums.whole[0]
+    before = float(gram[inputs:-1, inputs:-1].diagonal().sum())
     splits = sums.splits()
     best = ridges[-1]
     if splits and len(ridges) > 1:
         errors = [sum(_residual(*_ridge(fit[0], inputs, r), judge[0], inputs) for fit, judge in splits) for r in ridges]
         best = ridges[errors.index(min(errors))]
-    gram = sums.whole[0]
+        if min(errors) >= before:  # worse on images it has not seen than no change
+            return gram.new_zeros(gram.shape[0] - inputs - 1, inputs), gram.new_zeros(gram.shape[0] - inputs - 1), 1.0
     change, bias = _ridge(gram, inputs, best)
-    before = float(gram[inputs:-1, inputs:-1].diagonal().sum())
     share = _residual(change, bias, gram, inputs) / before if before > 0 else 1.0
     return change, bias, share
 

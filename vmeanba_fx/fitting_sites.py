@@ -1,4 +1,5 @@
-"""Rank-r fits of a captured graph's sites: three passes over the calibration data, whatever their number.
+"""Rank-r fits of a captured graph's sites: three passes over the calibration data, whatever their number; four with
+``fit="outputs"``, which needs one for :mod:`vmeanba_fx.sensitivity`.
 
 The first pass finds the energy of every channel of the scans. The channels will share one decay, a weighted mean: the second
 pass collects the sums of :mod:`vmeanba_fx.fitting` with channels weighted by their energy, the third with equal weights.
@@ -23,12 +24,13 @@ from .cross_scan import find_cross_scan, find_merge
 from .errors import CalibrationError, NoSitesError, SiteError
 from .evaluate import Unprovable
 from .execute import Executor
-from .fitting import Layout, LowRank, Sums, auto_rank, fit_low_rank
+from .fitting import Layout, LowRank, Metric, Sums, auto_rank, fit_low_rank
 from .graph import SITE, scan_nodes, value
 from .ops.directions import inverse_table
 from .passes.mean_scan import group_shape, scan_arguments
 from .rank_block import RankFit, call, shared_step
 from .reduction import Reduction
+from .sensitivity import output_gradients
 from .sites import Site, SiteList, skip_product
 
 SUMS_BUDGET = 1 << 30  # bytes
@@ -51,6 +53,7 @@ class _SiteRows:
         self.layout = Layout(self.groups if merged else 1, self.channels)
         self.heads = 1 if merged else self.groups
         self.weights = torch.empty(0)
+        self.sensitivity: Tensor | None = None  # (heads, D, D)
 
     def _inverse_order(self) -> Tensor | None:
         """(K, L): at which step direction k visits each position, where the directions are merged into one map."""
@@ -81,6 +84,13 @@ class _SiteRows:
         energy = (square - total.square() / count.clamp_min(1.0)).clamp_min(0.0) ** power
         energy += 1e-12 * energy.max() + torch.finfo(energy.dtype).tiny
         self.weights = energy / energy.sum(1, keepdim=True)
+
+    def add_sensitivity(self, gradients: Tensor) -> None:
+        """Add a batch of gradients by the scan's output (B, K*D, L); a merged map has the same in every direction."""
+        g = gradients.double().unflatten(1, (self.groups, self.channels))[:, : self.heads]
+        g = _by_head(g)
+        added = g.transpose(1, 2) @ g
+        self.sensitivity = added if self.sensitivity is None else self.sensitivity + added
 
     def add(self, sums: Sums, batch_index: int, env: Mapping[fx.Node, Any]) -> None:
         given = {k: env[v] if isinstance(v, fx.Node) else v for k, v in self.args.items()}
@@ -123,7 +133,11 @@ class _SiteRows:
         return torch.stack([t[:, k].index_select(-1, row.to(t.device)) for k, row in enumerate(self.inverse)], 1)
 
     def solve(self, sums: Sums, reduction: Reduction) -> RankFit:
-        options = {"project": self.site.annihilated, "skip": self.skip}
+        weights = [None] * self.heads if self.sensitivity is None else self.sensitivity
+        metrics = [
+            Metric.of(self.channels, project=self.site.annihilated, device=sums.halves.device, weights=G) for G in weights
+        ]
+        options = {"metrics": metrics, "skip": self.skip}
         rank = reduction.rank
         if rank == "auto":
             rank = auto_rank(sums, self.layout, reduction.energy, **options)
@@ -161,7 +175,7 @@ def fit_sites(
 
     Raises:
         SiteError: a rank above a site's channels.
-        CalibrationError: the loader is empty, or a scan's values are not finite.
+        CalibrationError: the loader is empty, a scan's values are not finite, or see :func:`output_gradients`.
     """
     rows = [_SiteRows(gm, site) for site in sites]
     executor = Executor(gm, [])
@@ -174,6 +188,10 @@ def fit_sites(
 
     moments = {r: torch.zeros(3, r.groups, r.channels, dtype=torch.float64, device=executor.device) for r in rows}
     sweep({r.scan: partial(r.add_energy, moments[r]) for r in rows})
+    if reduction.fit == "outputs" and rows:
+        for gradients in output_gradients(gm, [r.scan for r in rows], data):
+            for r, by_output in zip(rows, gradients, strict=True):
+                r.add_sensitivity(by_output)
     fits: dict[str, RankFit] = {}
     for some in _grouped(rows):
         for power in WEIGHT_POWERS:

@@ -88,10 +88,15 @@ class Estimator:
         p = logits.detach().softmax(1)
         total: Tensor | float = 0.0
         for _ in range(PROBES):
-            signs = torch.randint(0, 2, tuple(p.shape), generator=generator, dtype=torch.float64).to(p) * 2 - 1
-            rooted = p.sqrt() * signs
-            total = total + pull(rooted - p * rooted.sum(1, keepdim=True)).double().square()
+            total = total + pull(curvature_probe(p, generator)).double().square()
         return total / (2 * PROBES * p[0, 0].numel())
+
+
+def curvature_probe(p: Tensor, generator: torch.Generator) -> Tensor:
+    """L v, v random signs and L L^T = diag(p) - p p^T for class probabilities p (images, classes, ...)."""
+    signs = torch.randint(0, 2, tuple(p.shape), generator=generator, dtype=torch.float64).to(p) * 2 - 1
+    rooted = p.sqrt() * signs
+    return rooted - p * rooted.sum(1, keepdim=True)
 
 
 def estimate_sites(runner: Runner, batches: Batches, saved: Saved, bar: Any, *, seed: int) -> Tally:

@@ -144,6 +144,7 @@ def _scoring(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--reduce", choices=["mean", "rank"], help="the paper's mean (default), or learned rank-r scans")
     sub.add_argument("--rank", type=rank, metavar="R", help="channels per direction of --reduce rank: a number (4) or auto")
     sub.add_argument("--energy", type=float, metavar="X", help="share of a scan that --rank auto must explain (0.9)")
+    sub.add_argument("--fit", choices=["scan", "outputs"], help="what rank-r fits keep: the scan (default) or the outputs")
     sub.add_argument(
         "--score", choices=["measured", "gradient", "both"], help="how to score sites (default: measured)"
     )
