@@ -43,7 +43,7 @@ def test_gradients_are_those_of_finite_differences(build):
     gm = vmeanba_fx.capture(build(2).double(), x)
     scans = [scan for _, scan in scan_nodes(gm)]
     [gradients] = output_gradients(gm, scans, data_of([x]))
-    executor = Executor(gm, scans)
+    executor = Executor(gm, scans, keep=scans)
     with torch.no_grad():
         logits, state = executor.run(x)
         probe = curvature_probe(logits.softmax(1), torch.Generator().manual_seed(0))

@@ -46,12 +46,16 @@ def output_gradients(gm: fx.GraphModule, scans: Sequence[fx.Node], data: Batches
 
 
 class _Tape(Executor):
-    """Records what follows its points for differentiation, and no parameter."""
+    """Records what follows ``scans`` for differentiation, and no parameter."""
+
+    def __init__(self, gm: fx.GraphModule, scans: Sequence[fx.Node]) -> None:
+        super().__init__(gm, [], keep=scans)
+        self._scans = set(scans)
 
     def _call(self, node: fx.Node, *envs: dict[fx.Node, Any]) -> Any:
         value = super()._call(node, *envs)
         if node.op == "get_attr" and isinstance(value, Tensor):
             return value.detach()
-        if node in self._below and not value.requires_grad:
+        if node in self._scans and not value.requires_grad:
             value.requires_grad_()
         return value
