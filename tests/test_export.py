@@ -149,7 +149,41 @@ def onnx_ops(path):
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
     assert [o.domain for o in model.opset_import] == [""] and model.opset_import[0].version >= 18
-    return [n.op_type for n in model.graph.node], {p.key: p.value for p in model.metadata_props}
+    return operators(model.graph), {p.key: p.value for p in model.metadata_props}
+
+
+def operators(graph):
+    """Types of all nodes of an ONNX graph, those in the bodies of its loops included."""
+    inner = [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
+    return [node.op_type for node in graph.node] + [name for body in inner for name in operators(body)]
+
+
+class OneScan(nn.Module):
+    """Steps of every size from 0.01 to 50, so that decays reach from 0.99 to an underflow within a few steps."""
+
+    def forward(self, x):
+        """(B, 4, L) -> (B, 4, L)."""
+        steps = torch.exp(x * 2).clamp(0.01, 50.0)
+        rates = -torch.arange(1.0, 5.0).unsqueeze(1)
+        return vmeanba_fx.ops.selective_scan(x, steps, rates, x[:, None, :1], x[:, None, 1:2], delta_softplus=False)
+
+
+@needs_onnx
+def test_onnx_of_long_scans(tmp_path):
+    """No operator more for a thousand times the length, and right at 16,384 steps, whatever the decays."""
+    import onnxruntime
+
+    found = []
+    for length in (12, 16_384):
+        x = torch.randn(2, 4, length, generator=torch.Generator().manual_seed(length))
+        path = tmp_path / f"{length}.onnx"
+        export(OneScan(), x, path, "onnx")
+        found.append(sorted(onnx_ops(path)[0]))
+        session = onnxruntime.InferenceSession(path)
+        for batch in (x[:1], x):
+            [y] = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
+            assert zoo.relative_error(torch.from_numpy(y), OneScan()(batch)) < 1e-4
+    assert found[0] == found[1]
 
 
 @needs_onnx
@@ -161,7 +195,7 @@ def test_onnx(form, tmp_path):
     written = export(gm, images(2), path, "onnx")
     assert written.dynamic_batch and written.error < 1e-4 and list(tmp_path.iterdir()) == [path]
     ops, notes = onnx_ops(path)
-    assert not {"Scan", "Loop", "If"} & set(ops)
+    assert not {"Loop", "If"} & set(ops)
     assert json.loads(notes["vmeanba_fx.report.json"])["chosen"] == list(vmeanba_fx.report(gm).chosen)
     session = onnxruntime.InferenceSession(path)
     for batch in (1, 4):
@@ -175,7 +209,7 @@ def test_an_annihilated_model_is_small_in_onnx(tmp_path):
     model = zoo.tiny(1, directions=2)
     export(vmeanba_fx.transform(model, [images(2)], sites="*"), None, tmp_path / "model.onnx", "onnx")
     ops, _ = onnx_ops(tmp_path / "model.onnx")
-    assert len(ops) < 40 and not {"Exp", "Softplus", "Split"} & set(ops)
+    assert len(ops) < 40 and not {"Exp", "Softplus", "Scan"} & set(ops)
 
 
 @needs_onnx

@@ -27,9 +27,11 @@ from .capture import capture, capture_info, is_captured, reopened
 from .confinement import one_at_a_time
 from .copies import device_of
 from .errors import ExportError, PlanError, VMeanbaError
-from .export_formats import write_aoti, write_onnx, write_pt2
+from .export_formats import FORMS, write_aoti, write_onnx, write_pt2
 from .files import parse_json
 from .graph import copy_graph, graph_modules
+from .ops.chunked import Form
+from .ops.decompositions import decompose
 from .plan import Plan
 from .report import Report, attach_plan, attach_report, plan_of, report
 
@@ -119,9 +121,9 @@ def export(
     _refuse_dynamic_size(gm, format)
     extra = _extra(gm)
     with _new_file(Path(path)) as name:
-        program = _program(gm, args, kwargs)
+        program = _program(gm, args, kwargs, FORMS.get(format))
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), torch.no_grad():  # with gradients, torch gives loops further results
                 warnings.simplefilter("ignore")
                 run = _FORMATS[format](program, name, extra)
         except (VMeanbaError, OSError, KeyboardInterrupt):
@@ -280,7 +282,7 @@ def _extra(gm: fx.GraphModule) -> dict[str, str]:
     return found
 
 
-def _program(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+def _program(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], form: Form | None) -> ExportedProgram:
     dims: dict[str, dict[int, Any]] = {}
     for name, dim in capture_info(gm).dynamic:
         dims.setdefault(name, {})[dim] = Dim.DYNAMIC
@@ -293,6 +295,8 @@ def _program(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             graph = copy_graph(gm)
+            if form is not None:
+                decompose(graph, form)
             return torch.export.export(graph, args, kwargs, dynamic_shapes=shapes if dims else None, strict=False)
     except Exception as error:
         raise ExportError(f"torch.export refuses the graph: {_sentence(error)}") from error

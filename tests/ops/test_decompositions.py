@@ -7,7 +7,7 @@ from torch import nn
 from tests.ops import problems
 from vmeanba_fx import ops
 from vmeanba_fx.ops import decompositions, naive
-from vmeanba_fx.ops.last_state import last_state
+from vmeanba_fx.ops.chunked import looped, unrolled
 
 LENGTHS = {1: (1, 1), 7: (7, 1), 33: (3, 11), 1000: (25, 40)}
 CODES = [0, 3, 5, 6]
@@ -42,8 +42,8 @@ def test_every_op_has_a_decomposition():
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("vmeanba_fx::")
     }
-    assert {name for name in defined if not name.endswith("_backward")} == set(decompositions._TABLE)
-    assert all(op.namespace == "vmeanba_fx" for op in decompositions.table())
+    assert {name for name in defined if not name.endswith("_backward")} == {op._opname for op in decompositions.table(unrolled)}
+    assert all(op.namespace == "vmeanba_fx" for op in decompositions.table(unrolled))
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -58,15 +58,11 @@ def test_float64_equals_the_reference(name, length):
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_last_state(length):
-    given = problems.selective_scan(2, 3, 2, 3, length)
-    u, delta, A, B, bias = (given[k] for k in ("u", "delta", "A", "B", "delta_bias"))
-    found = decompositions.last_state(u, delta, A, B, bias, True)
-    assert relative(found, last_state(u, delta, A, B, bias, True)) < 1e-13
-    # Reading the last step with C = 1 for one state at a time gives that state.
-    C = torch.zeros_like(B)
-    C[:, :, 1] = 1
-    assert relative(found[..., 1], naive.selective_scan(u, delta, A, B, C, None, None, bias, True)[..., -1]) < 1e-13
+@pytest.mark.parametrize("name", ["selective_scan", "linear_scan"])
+def test_loops_equal_the_reference(name, length):
+    """The two ways in which the other ops use a form; those are run as programs below."""
+    given = arguments(name, length)
+    assert relative(getattr(decompositions, name)(**given, form=looped), getattr(naive, name)(**given)) < 1e-13
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -78,15 +74,16 @@ def test_other_dtypes(name, dtype):
     assert relative(found, expected) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
-def test_decays_that_are_zero_or_grow():
+@pytest.mark.parametrize("form", [unrolled, looped])
+def test_decays_that_are_zero_or_grow(form):
     """No product is divided by and no sum exponentiated: what a loop survives, this does."""
     given = problems.linear_scan(1, 1, 1, 2, 1000)
     given["a"][..., ::7] = 0
     given["a"][..., 300:320] = 1.5
-    assert relative(decompositions.linear_scan(**given), naive.linear_scan(**given)) < 1e-13
+    assert relative(decompositions.linear_scan(**given, form=form), naive.linear_scan(**given)) < 1e-13
     given = problems.selective_scan(1, 1, 2, 2, 1000, dtype=torch.float32, full=False)
     given["delta"] += 300.0  # every decay underflows, and so does any product of them
-    found = decompositions.selective_scan(**given)
+    found = decompositions.selective_scan(**given, form=form)
     assert found.isfinite().all() and relative(found, naive.selective_scan(**given)) < 1e-6
 
 
@@ -104,27 +101,34 @@ class Calls(nn.Module):
         return self.op(**dict(zip(self.names, inputs, strict=True)), **self.fixed)
 
 
+def exported(module, form, dynamic=None):
+    graph = torch.export.export(module, module.inputs, dynamic_shapes=dynamic and (dynamic,), strict=False).module()
+    decompositions.decompose(graph, form)
+    return torch.export.export(graph, module.inputs, dynamic_shapes=dynamic, strict=False)
+
+
+@pytest.mark.parametrize("form", [unrolled, looped])
 @pytest.mark.parametrize("name", SCANS)
-def test_programs_hold_no_op_of_ours(name):
+def test_programs_hold_no_op_of_ours(name, form):
     given = arguments(name, 33)
     module = Calls(name, given)
     batched = [t.shape[0] == 2 and t.dim() > 2 for t in module.inputs]
     dynamic = tuple({0: torch.export.Dim.DYNAMIC} if b else None for b in batched)
-    program = torch.export.export(module, module.inputs, dynamic_shapes=(dynamic,), strict=False)
-    lowered = program.run_decompositions(decompositions.table())
+    lowered = exported(module, form, dynamic)
     assert not [n for n in lowered.graph.nodes if "vmeanba_fx" in str(n.target)]
     one = tuple(t[:1] if b else t for t, b in zip(module.inputs, batched, strict=True))
     for inputs in (module.inputs, one):
         assert relative(lowered.module()(*inputs), module(*inputs)) < 1e-13
 
 
-def test_the_number_of_nodes_grows_with_the_logarithm_of_the_length():
-    def nodes(length):
-        given = problems.selective_scan(2, 1, 1, 1, length, torch.float32, full=False)
-        module = Calls("selective_scan", given)
-        program = torch.export.export(module, module.inputs, strict=False)
-        return len(program.run_decompositions(decompositions.table()).graph.nodes)
+def count(form, length):
+    given = problems.selective_scan(2, 1, 1, 1, length, torch.float32, full=False)
+    program = exported(Calls("selective_scan", given), form)
+    return sum(len(m.graph.nodes) for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule))
 
-    few, many = nodes(16**2), nodes(16**4)  # 256 times the length: two levels more
-    assert many <= 2 * few + 16
-    print(few, many)
+
+def test_the_number_of_operators():
+    """The same for every length as loops; written out, two levels more for 256 times the length."""
+    assert count(looped, 12) == count(looped, 256) == count(looped, 16_383)
+    few, many = count(unrolled, 16**2), count(unrolled, 16**4)
+    assert few < many <= 2 * few + 16

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import checks, cpu_jit
 from .cpu import compute_dtype
-from .directions import inverse_table
+from .directions import ScanOrder
 from .library import LIBRARY, empty_map
 from .tiles import blocks
 
@@ -16,48 +16,6 @@ _ops = torch.ops.vmeanba_fx
 
 # Elements of one tensor in scan order, (batch block, K, channels, L).
 _BUDGET = 1 << 21
-
-
-class ScanOrder:
-    """The K orders in which a map (..., H, W) is read, from direction codes or a table (see `directions`)."""
-
-    def __init__(self, directions: list[int], order: Tensor | None, height: int, width: int):
-        self.codes, self.height, self.width = directions, height, width
-        self.table = None if order is None else order.long()
-        self.inverse = None if order is None else inverse_table(self.table)
-
-    def read(self, maps: Tensor, k: int) -> Tensor:
-        """(..., H, W) in spatial order -> (..., L) as direction k meets it; a view where that is possible."""
-        if self.table is not None:
-            return maps.flatten(-2).index_select(-1, self.table[k])
-        code = self.codes[k]
-        if code & 1:
-            maps = maps.transpose(-1, -2)
-        if code & 4:
-            maps = maps.flip(-1)
-        rows = maps.flatten(-2)
-        return rows.flip(-1) if code & 2 else rows
-
-    def put_back(self, rows: Tensor, k: int) -> Tensor:
-        """The inverse: (..., L) -> (..., H, W)."""
-        if self.inverse is not None:
-            return rows.index_select(-1, self.inverse[k]).unflatten(-1, (self.height, self.width))
-        code = self.codes[k]
-        if code & 2:
-            rows = rows.flip(-1)
-        maps = rows.unflatten(-1, (self.width, self.height) if code & 1 else (self.height, self.width))
-        if code & 4:
-            maps = maps.flip(-1)
-        return maps.transpose(-1, -2) if code & 1 else maps
-
-    def read_all(self, maps: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, 1 or K, C, H, W) -> (B, K, C, L) in `dtype`; one map serves all directions if there is only one."""
-        batch, groups, channels = maps.shape[:3]
-        count = len(self.codes) if self.table is None else len(self.table)
-        rows = torch.empty(batch, count, channels, self.height * self.width, dtype=dtype, device=maps.device)
-        for k in range(count):
-            rows[:, k] = self.read(maps[:, k if groups == count else 0], k)
-        return rows
 
 
 def shared_scan2d(u, delta, A, B, C, delta_bias, directions, order, delta_softplus, merge, out_dtype=None):
@@ -72,14 +30,13 @@ def shared_scan2d(u, delta, A, B, C, delta_bias, directions, order, delta_softpl
     shape = (batch, R, height, width) if merge else (batch, K, R, height, width)
     out = torch.empty(shape, dtype=out_dtype or u.dtype, device=u.device)
     for now in _batch_blocks(batch, K * (R + 2 * A.shape[1]) * height * width):
-        inputs = (scan_order.read_all(maps[now], dtype) for maps in (u, delta[:, :, None], B, C))
+        inputs = (_read(scan_order, maps[now], dtype) for maps in (u, delta[:, :, None], B, C))
         u_rows, delta_rows, B_rows, C_rows = inputs
         y = _ops.shared_scan.default(u_rows, delta_rows[:, :, 0], A, B_rows, C_rows, delta_bias, delta_softplus, dtype)
         if merge:
             out[now] = _merged(scan_order, y)
         else:
-            for k in range(K):
-                out[now, k] = scan_order.put_back(y[:, k], k)
+            _put_back(scan_order, y, out[now])
     return out
 
 
@@ -92,21 +49,19 @@ def shared_scan2d_backward(grad, u, delta, A, B, C, delta_bias, directions, orde
     dA = torch.zeros(A.shape, dtype=dtype, device=A.device)
     dbias = torch.zeros(0 if delta_bias is None else K, dtype=dtype, device=A.device)
     for now in _batch_blocks(batch, K * (R + 2 * A.shape[1]) * height * width):
-        inputs = (scan_order.read_all(maps[now], dtype) for maps in (u, delta[:, :, None], B, C))
+        inputs = (_read(scan_order, maps[now], dtype) for maps in (u, delta[:, :, None], B, C))
         u_rows, delta_rows, B_rows, C_rows = inputs
-        dy = scan_order.read_all(grad[now, None] if merge else grad[now], dtype)
+        dy = _read(scan_order, grad[now, None] if merge else grad[now], dtype)
         bias = None if delta_bias is None else delta_bias.to(dtype)
         arguments = dy, u_rows, delta_rows[:, :, 0], A.to(dtype), B_rows, C_rows, bias, delta_softplus
         du_rows, ddelta_rows, dA_now, dB_rows, dC_rows, dbias_now = _ops.shared_scan_backward.default(*arguments)
         dA += dA_now
         dbias += dbias_now
-        for k in range(K):
-            ddelta[now, k] = scan_order.put_back(ddelta_rows[:, k], k)
-            dB[now, k] = scan_order.put_back(dB_rows[:, k], k)
-            dC[now, k] = scan_order.put_back(dC_rows[:, k], k)
-            if u_groups == K:
-                du[now, k] = scan_order.put_back(du_rows[:, k], k)
-        if u_groups != K:
+        for rows, maps in ((ddelta_rows, ddelta), (dB_rows, dB), (dC_rows, dC)):
+            _put_back(scan_order, rows, maps[now])
+        if u_groups == K:
+            _put_back(scan_order, du_rows, du[now])
+        else:
             du[now, 0] = _merged(scan_order, du_rows)
     return du, ddelta, dA.to(A.dtype), dB, dC, dbias.to((A if delta_bias is None else delta_bias).dtype)
 
@@ -144,7 +99,7 @@ def ss2d_backward(grad, x, feats, dt_weight, A, D, delta_bias, directions, order
     for now in _batch_blocks(batch, K * channels * height * width):
         scan_inputs, features = _ss2d_inputs(x[now], feats[now], dt_weight, A.to(dtype), scan_order)
         g = grad[now].to(dtype)
-        dy = scan_order.read_all(g[:, None], dtype).flatten(1, 2)
+        dy = _read(scan_order, g[:, None], dtype).flatten(1, 2)
         grads = _ops.selective_scan_backward.default(dy, *scan_inputs, None, None, bias, delta_softplus)
         du, ddelta, dA_now, dB, dC, _, _, dbias_now = grads
         ddelta = ddelta.unflatten(1, (K, channels))
@@ -152,8 +107,7 @@ def ss2d_backward(grad, x, feats, dt_weight, A, D, delta_bias, directions, order
         dbias += dbias_now
         dweight += torch.matmul(ddelta, features[:, :, :R].transpose(2, 3)).sum(0)
         dfeatures = torch.cat([torch.matmul(dt_weight.to(dtype).transpose(1, 2), ddelta), dB, dC], dim=2)
-        for k in range(K):
-            dfeats[now, k] = scan_order.put_back(dfeatures[:, k], k)
+        _put_back(scan_order, dfeatures, dfeats[now])
         dx_now = _merged(scan_order, du.unflatten(1, (K, channels)))
         if D is not None:
             dD += (g * x[now].to(dtype)).sum((0, 2, 3))
@@ -172,10 +126,25 @@ def ss2d_backward(grad, x, feats, dt_weight, A, D, delta_bias, directions, order
 def _ss2d_inputs(x, feats, dt_weight, A, scan_order: ScanOrder) -> tuple[tuple[Tensor, ...], Tensor]:
     """(u, delta, A, B, C) of the scan in scan order, and the features (B, K, R + 2N, L) they came from."""
     R, N, dtype = dt_weight.shape[2], A.shape[1], compute_dtype(x)
-    u = scan_order.read_all(x[:, None], dtype).flatten(1, 2)
-    features = scan_order.read_all(feats, dtype)
+    u = _read(scan_order, x[:, None], dtype).flatten(1, 2)
+    features = _read(scan_order, feats, dtype)
     delta = torch.matmul(dt_weight.to(dtype), features[:, :, :R]).flatten(1, 2)
     return (u, delta, A, features[:, :, R : R + N], features[:, :, R + N :]), features
+
+
+def _read(scan_order: ScanOrder, maps: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, 1 or K, C, H, W) -> (B, K, C, L) in `dtype`."""
+    length = scan_order.height * scan_order.width
+    rows = torch.empty(len(maps), scan_order.count, maps.shape[2], length, dtype=dtype, device=maps.device)
+    for k, row in enumerate(scan_order.rows_of(maps)):
+        rows[:, k] = row
+    return rows
+
+
+def _put_back(scan_order: ScanOrder, rows: Tensor, maps: Tensor) -> None:
+    """(B, K, C, L) in scan order -> `maps`, (B, K, C, H, W), in spatial order."""
+    for k in range(rows.shape[1]):
+        maps[:, k] = scan_order.put_back(rows[:, k], k)
 
 
 def _merged(scan_order: ScanOrder, rows: Tensor) -> Tensor:

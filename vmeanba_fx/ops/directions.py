@@ -18,6 +18,7 @@ VMamba's four directions are [0, 1, 2, 3]. Example, H = 2, W = 3 (flat positions
     code 0: 0 1 2 3 4 5     code 1: 0 3 1 4 2 5     code 4: 2 1 0 5 4 3     code 6: 3 4 5 0 1 2
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -41,17 +42,67 @@ def inverse_table(table: Tensor) -> Tensor:
     Raises ValueError when a row is not a permutation of 0..L-1.
     """
     length = table.shape[1]
-    steps = torch.arange(length, device=table.device).expand(table.shape)
     if bool(((table < 0) | (table >= length)).any()):
         raise ValueError(
             f"order must hold positions 0 to {length - 1}, but it holds {int(table.min())} to {int(table.max())}"
         )
-    inverse = torch.full_like(table, -1).scatter_(1, table, steps)
+    inverse = _steps(table)
     if bool((inverse < 0).any()):
         raise ValueError(
             "each row of order must read every position exactly once, but one of them is missing positions"
         )
     return inverse
+
+
+def _steps(table: Tensor) -> Tensor:
+    """The step at which each position is read, -1 where none does."""
+    steps = torch.arange(table.shape[1], device=table.device).expand(table.shape)
+    return torch.full_like(table, -1).scatter(1, table, steps)
+
+
+class ScanOrder:
+    """The K orders in which a map (..., H, W) is read, from direction codes or a table (K, L) of positions.
+
+    A table is looked at, to see that it reads every position once, unless `checked` is False: in traced code its values
+    are not there.
+    """
+
+    def __init__(self, directions: list[int], order: Tensor | None, height: int, width: int, *, checked: bool = True):
+        self.codes, self.height, self.width = directions, height, width
+        self.table = None if order is None else order.long()
+        self.count = len(directions) if order is None else len(order)
+        self.inverse = None
+        if self.table is not None:
+            self.inverse = inverse_table(self.table) if checked else _steps(self.table)
+
+    def read(self, maps: Tensor, k: int) -> Tensor:
+        """(..., H, W) in spatial order -> (..., L) as direction k meets it; a view where that is possible."""
+        if self.table is not None:
+            return maps.flatten(-2).index_select(-1, self.table[k])
+        code = self.codes[k]
+        if code & 1:
+            maps = maps.transpose(-1, -2)
+        if code & 4:
+            maps = maps.flip(-1)
+        rows = maps.flatten(-2)
+        return rows.flip(-1) if code & 2 else rows
+
+    def rows_of(self, maps: Tensor) -> Iterator[Tensor]:
+        """(B, 1 or K, C, H, W) -> (B, C, L) for each direction; one map serves all if there is only one."""
+        own = maps.shape[1] == self.count
+        return (self.read(maps[:, k if own else 0], k) for k in range(self.count))
+
+    def put_back(self, rows: Tensor, k: int) -> Tensor:
+        """The inverse of `read`: (..., L) -> (..., H, W)."""
+        if self.inverse is not None:
+            return rows.index_select(-1, self.inverse[k]).unflatten(-1, (self.height, self.width))
+        code = self.codes[k]
+        if code & 2:
+            rows = rows.flip(-1)
+        maps = rows.unflatten(-1, (self.width, self.height) if code & 1 else (self.height, self.width))
+        if code & 4:
+            maps = maps.flip(-1)
+        return maps.transpose(-1, -2) if code & 1 else maps
 
 
 @lru_cache(maxsize=256)

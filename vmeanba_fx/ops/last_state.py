@@ -23,7 +23,8 @@ def last_state(
     return torch.ops.vmeanba_fx.last_state.default(u, delta, A, B, delta_bias, delta_softplus)
 
 
-def _compute(u, delta, A, B, delta_bias=None, delta_softplus=False):
+def compute_last_state(u, delta, A, B, delta_bias=None, delta_softplus=False):
+    """:func:`last_state` in ATen operators, on any device."""
     # h_L = sum_t exp(A * (S_L - S_t)) dt_t B_t u_t with S the running sum of dt: no exponent is positive for A <= 0.
     compute = torch.promote_types(u.dtype, torch.float32)
     dt = delta.to(compute)
@@ -45,7 +46,7 @@ def _compute(u, delta, A, B, delta_bias=None, delta_softplus=False):
     return torch.stack(states, dim=-1)
 
 
-LIBRARY.impl("last_state", _compute, "CompositeExplicitAutograd")
+LIBRARY.impl("last_state", compute_last_state, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("vmeanba_fx::last_state", lib=LIBRARY)
