@@ -8,7 +8,7 @@
 // There are few scans (batch x K), so a whole block works on one batch item. A team of TEAM_THREADS threads takes one direction
 // at a time, each thread ITEMS consecutive steps of a tile. All of a tile's inputs go through shared memory: they are fetched in
 // spatial order, coalesced and STAGES steps ahead (one step: one direction, tile and PAIR states); threads read them in scan
-// order. Rows of 8 map lines are skewed by 8 elements there, which spreads a column over the banks. See shared_scan_copies.cuh.
+// order. Every SKEW_LINES map lines there is a gap of SKEW elements, which spreads a column over the banks. See shared_scan_copies.cuh.
 // One barrier per step: before it a thread has scanned its own ITEMS from a zero state, after it the state that enters is known.
 // Then the thread scans them again (RESCAN), or adds the state's share, C_t * (a_1 ... a_t) * h_in, which takes fewer registers.
 //
@@ -44,6 +44,14 @@ struct Params {
 #define ROWS_OF SIZE(ROWS_TILE, rows_tile)
 #define COLUMNS_OF SIZE(COLUMNS_TILE, columns_tile)
 #define SKEW_OF SIZE(SKEW, skew)
+// A gap after as many lines as a thread takes of a column; then half as many floats do what SKEW halves do.
+#if BAKED && ITEMS == 16 && HEIGHT % 16 == 0
+#define SKEW_LINES 16
+#define SUM_SKEW (SKEW_OF / 2)
+#else
+#define SKEW_LINES 8
+#define SUM_SKEW SKEW_OF
+#endif
 // Which ways of reading a tile can occur: kinds of `Steps`.
 #define LINES 0
 #define COLUMNS 1
@@ -58,6 +66,14 @@ struct Params {
 #define MAYBE_SCATTERED 1
 #endif
 #define ONE_TILE (ROWS_OF >= LENGTH_OF && COLUMNS_OF >= WIDTH_OF)
+// Every step of every thread lies within its tile.
+#if BAKED
+#define WHOLE_TILES                                                                                              \
+    (TEAM_THREADS * ITEMS == ROWS_TILE && HEIGHT * WIDTH % ROWS_TILE == 0 &&                                     \
+     (!MAYBE_COLUMNS || (HEIGHT * COLUMNS_TILE == ROWS_TILE && WIDTH % COLUMNS_TILE == 0)))
+#else
+#define WHOLE_TILES 0
+#endif
 #define TEAM_WARPS (TEAM_THREADS / 32)
 #define WARP_SLOTS (TEAM_WARPS > 16 ? 32 : TEAM_WARPS > 8 ? 16 : TEAM_WARPS > 4 ? 8 : TEAM_WARPS > 2 ? 4 : TEAM_WARPS)
 #define PRODUCER (BULK && LOOPS)
@@ -363,7 +379,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
             for (int r = 0; r < rank; ++r) {
                 out_type *out = (out_type *)p.out + (((int64)b * gridDim.z + blockIdx.z) * p.rank + r0 + r) * length;
                 for (int q = thread; q < tile.count; q += TEAM_THREADS)
-                    Element<OUT_TYPE>::store(out + tile.position(q, width), sums[r * sum_cap + tile.index(q, skew)] * OUT_SCALE);
+                    Element<OUT_TYPE>::store(out + tile.position(q, width), sums[r * sum_cap + tile.index(q, SUM_SKEW)] * OUT_SCALE);
             }
 #endif
         }
@@ -377,7 +393,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
     for (int r = 0; r < rank; ++r) {
         out_type *out = (out_type *)p.out + ((int64)b * p.rank + r0 + r) * length;
         auto at = [&](int team, int q) {
-            return all_sums + (team * RANK + r) * sum_cap + q + skew * (int)((uint_t)q / (8u * (uint_t)width));
+            return all_sums + (team * RANK + r) * sum_cap + q + SUM_SKEW * (int)((uint_t)q / (SKEW_LINES * (uint_t)width));
         };
         const int whole = LENGTH_OF % 4 ? 0 : length;  // four at a time, which lie in the same 8 lines
         for (int q = 4 * threadIdx.x; q < whole; q += 4 * THREADS) {

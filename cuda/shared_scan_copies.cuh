@@ -70,7 +70,7 @@ __device__ __forceinline__ void fetch(char *to, int64 from, int64 stride_h, int6
     const int skew = SKEW_OF, width = WIDTH_OF;
 #if BULK
     if (thread / 32 != turn) return;
-    const int piece = !tile.flat ? tile.line : skew ? 8 * tile.line : tile.count;
+    const int piece = !tile.flat ? tile.line : skew ? SKEW_LINES * tile.line : tile.count;
 #pragma unroll 1
     for (int q = thread % 32 * piece; q < tile.count; q += 32 * piece) {
         const int bytes = min(piece, tile.count - q) * Element<CODE>::bytes;

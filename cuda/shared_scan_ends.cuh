@@ -86,16 +86,17 @@ struct Entry {
 
 __device__ __forceinline__ void put(float *to, float value, bool add) { *to = add ? *to + value : value; }
 
-// y to its place in spatial order, or added to what is there. Sums of the whole map have the map's skew, those of one tile the
-// tile's.
+// y to its place in spatial order, or added to what is there. Sums of the whole map have gaps after lines of the map, those of one
+// tile after lines of the tile.
 __device__ __forceinline__ void place(float *sums, int sum_cap, const float (&y)[RANK][ITEMS], const Steps &steps,
                                       const Tile &tile, const Params &p, int thread, bool not_first) {
     const int skew = SKEW_OF, width = WIDTH_OF, count = tile.count, line = !MERGE || ONE_TILE ? tile.line : width;
     const bool add = MERGE && not_first;
     auto at = [&](int index) {
-        if (!MERGE || ONE_TILE) return index;
-        const int position = tile.position(index - index / (8 * tile.line + skew) * skew, width);
-        return position + skew * (int)((uint_t)position / (8u * (uint_t)width));
+        if (SUM_SKEW == SKEW_OF && (!MERGE || ONE_TILE)) return index;
+        const int q = index - tile.lines(index, SKEW_LINES, skew) * skew;
+        const int position = MERGE && !ONE_TILE ? tile.position(q, width) : q;
+        return position + SUM_SKEW * (int)((uint_t)position / (uint_t)(SKEW_LINES * line));
     };
 #pragma unroll
     for (int r = 0; r < RANK; ++r) {

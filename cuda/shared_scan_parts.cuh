@@ -13,17 +13,17 @@ struct Tile {
     int line;    // elements of one line of the tile; lines are a map's width apart in the map
     bool flat;   // lines follow each other in the map too
 
-    // q / (unit * line), by constants where that is possible: a division by a variable takes dozens of instructions.
-    __device__ __forceinline__ int lines(int q, int unit) const {
+    // q / (unit * line + gap), by constants where that is possible: a division by a variable takes dozens of instructions.
+    __device__ __forceinline__ int lines(int q, int unit, int gap = 0) const {
 #if BAKED
-        if (ONE_TILE || line == WIDTH) return (uint_t)q / (uint_t)(unit * WIDTH);
-        if (WIDTH % COLUMNS_TILE == 0 || line == COLUMNS_TILE) return (uint_t)q / (uint_t)(unit * COLUMNS_TILE);
+        if (ONE_TILE || line == WIDTH) return (uint_t)q / (uint_t)(unit * WIDTH + gap);
+        if (WIDTH % COLUMNS_TILE == 0 || line == COLUMNS_TILE) return (uint_t)q / (uint_t)(unit * COLUMNS_TILE + gap);
 #endif
-        return (uint_t)q / (uint_t)(unit * line);
+        return (uint_t)q / (uint_t)(unit * line + gap);
     }
 
     // Where the tile's q-th position is in shared memory, and in the map.
-    __device__ __forceinline__ int index(int q, int skew) const { return skew ? q + skew * lines(q, 8) : q; }
+    __device__ __forceinline__ int index(int q, int skew) const { return skew ? q + skew * lines(q, SKEW_LINES) : q; }
     __device__ __forceinline__ int position(int q, int width) const {
         return flat ? origin + q : origin + lines(q, 1) * (width - line) + q;
     }
@@ -83,7 +83,7 @@ struct Steps {
 
     // Whether item i of this thread lies within the tile.
     __device__ __forceinline__ bool has(int i, int thread, int count) const {
-        return thread * ITEMS + (down ? ITEMS - 1 - i : i) < count;
+        return WHOLE_TILES || thread * ITEMS + (down ? ITEMS - 1 - i : i) < count;
     }
 };
 

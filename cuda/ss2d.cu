@@ -275,12 +275,11 @@ template <int KIND> __device__ __forceinline__ void scan_direction(const Params 
             }
 #if WARPS > 1 || NSTATE > 1
             const uint_t tag = (uint_t)(site.turn * site.tiles + tile);  // of the state before this tile
-            float entry = 0.f;  // of the pair's first channel in even segments, of its second in odd ones
-            if (tile > 0) entry = await_state(chain + (n * RING + (tag & (RING - 1))) * 64 + 8 * (segment & 1), tag);
-            h[0] = __shfl_sync(0xffffffffu, entry, pair);
-            h[1] = __shfl_sync(0xffffffffu, entry, pair + 4);
+            h[0] = h[1] = 0.f;
+            if (tile > 0) await_states(chain + (n * RING + (tag & (RING - 1))) * 64, tag, h[0], h[1]);
             const float exit0 = fmaf(decay[0], h[0], state[0]), exit1 = fmaf(decay[1], h[1], state[1]);
-            publish(chain + (n * RING + ((tag + 1) & (RING - 1))) * 64, exit0, exit1, tag + 1, segment == 7 && tile + 1 < site.tiles);
+            if (segment == 7 && tile + 1 < site.tiles)
+                publish(chain + (n * RING + ((tag + 1) & (RING - 1))) * 64, exit0, exit1, tag + 1);
 #pragma unroll
             for (int c = 0; c < 2; ++c) h[c] = fmaf(before_decay[c], h[c], before[c]);
 #else
@@ -302,12 +301,12 @@ template <int KIND> __device__ __forceinline__ void scan_direction(const Params 
         }
 
         // ---- add to y
-        if (!may_add) await_at_least(&site.links->finished, site.turn * WARPS * FRONTS);
+        if (!may_add) await(&site.links->finished, MEMBERS, site.turn - 1);
         may_add = true;
 #if FRONTS == 2
-        uint_t *const visited = &site.links->visited[site.front ? site.tiles - 1 - tile : tile];
+        Arrivals *const visited = &site.links->visited[site.front ? site.tiles - 1 - tile : tile];
         const bool is_first = site.front ? 2 * tile + 1 < site.tiles : 2 * tile < site.tiles;
-        if (!is_first) await_at_least(visited, site.turn + 1);
+        if (!is_first) await(visited, 32, site.turn);
 #endif
 #pragma unroll
         for (int from = 0; from < SEG; from += 7) {
@@ -332,16 +331,16 @@ template <int KIND> __device__ __forceinline__ void scan_direction(const Params 
                 }
         }
 #if FRONTS == 2
-        if (is_first) store_release(visited, site.turn + 1, site.lane);
+        if (is_first) arrive(visited);
 #endif
     }
-    if (MEMBERS > 32) add_release(&site.links->finished, site.lane);
+    if (MEMBERS > 32) arrive(&site.links->finished);
     else __syncwarp();
 }
 
 extern "C" __global__ void __launch_bounds__(MEMBERS * TEAMS, MIN_BLOCKS) ss2d(const Params p) {
     extern __shared__ float4 dynamic_shared[];
-    // The same in all lanes, and known to be: see publish().
+    // The same in all lanes, and known to be: behind branches that could be divergent, shuffles take a slow path.
     const int warp = __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0), team = warp / (WARPS * FRONTS);
     const int member = threadIdx.x - team * MEMBERS;
     const int channels = (int)p.channels, directions = (int)p.directions;
@@ -374,7 +373,9 @@ extern "C" __global__ void __launch_bounds__(MEMBERS * TEAMS, MIN_BLOCKS) ss2d(c
     const int live = channels - site.first_channel;
     site.stage.read(p, (const x_type *)p.x + site.batch * p.x_b + site.first_channel * p.x_c, live, member);
     prefetch_later_block(p, blocks, team, member, site.stage.length);
-    for (int i = member; i < (int)(sizeof(Links) / 4); i += MEMBERS) ((uint_t *)site.links)[i] = 0u;
+    for (int i = member; i < FRONTS * NSTATE * RING * 8; i += MEMBERS) site.links->state[0][0][0][i] = 0u;
+    for (int i = member; i < (FRONTS > 1 ? MAX_TILES : 1); i += MEMBERS) init_arrivals(&site.links->visited[i], 32);
+    if (member == 0) init_arrivals(&site.links->finished, MEMBERS);
     team_barrier();
 
 #pragma unroll 1

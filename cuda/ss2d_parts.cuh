@@ -165,56 +165,72 @@ __device__ __forceinline__ void shift_right(float &decay, float &state) {
 
 __device__ __forceinline__ uint_t shared_address(const void *p) { return (uint_t)__cvta_generic_to_shared(p); }
 
+// Counts the threads that have come by, in phases; all of them arrive. An mbarrier where there are such: racecheck knows them.
+typedef unsigned long long Arrivals;
+
 // What the warps of a team tell each other, in shared memory.
 struct __align__(16) Links {
     unsigned long long state[FRONTS][NSTATE][RING][8];  // published states of 8 channels, see publish()
-    uint_t visited[FRONTS > 1 ? MAX_TILES : 1];         // by tile of the map: how many rounds of directions have passed it once
-    uint_t finished;                                    // how often a warp has finished a direction
+    Arrivals visited[FRONTS > 1 ? MAX_TILES : 1];       // by tile of the map: a warp has passed it as the first, once a turn
+    Arrivals finished;                                  // the team has finished a turn
 };
 static_assert(sizeof(Links) == LINKS_BYTES, "the host reserves another size for Links");
 
-// A state and its tag are one 64-bit word, written and read in one access: a matching tag vouches for the state. All of this
-// is free of branches that the compiler could take for divergent: behind one, every shuffle takes a slow path.
-__device__ __forceinline__ void publish(uint_t slots, float h0, float h1, uint_t tag, bool writes) {
+__device__ __forceinline__ void init_arrivals(Arrivals *arrivals, int count) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(arrivals)), "r"(count) : "memory");
+#else
+    *arrivals = 0;
+#endif
+}
+
+__device__ __forceinline__ void arrive(Arrivals *arrivals) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(shared_address(arrivals)) : "memory");
+#else
+    __threadfence_block();
+    atomicAdd(arrivals, 1ull);
+#endif
+}
+
+// Until `count` threads have arrived in each phase up to this one. The phase before has been waited for.
+__device__ __forceinline__ void await(Arrivals *arrivals, int count, int phase) {
+#if __CUDA_ARCH__ >= 900
+#define WAIT "mbarrier.try_wait.parity.shared.b64"
+#else
+#define WAIT "mbarrier.test_wait.parity.shared.b64"
+#endif
+    uint_t done;
+    do {
+#if __CUDA_ARCH__ >= 800
+        asm volatile("{.reg .pred p; " WAIT " p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                     : "=r"(done)
+                     : "r"(shared_address(arrivals)), "r"(phase & 1)
+                     : "memory");
+#else
+        done = *(volatile Arrivals *)arrivals >= (Arrivals)count * (phase + 1);
+        __threadfence_block();
+#endif
+    } while (__any_sync(0xffffffffu, !done));
+}
+
+// A state and its tag are one 64-bit word, written and read in one access: a matching tag vouches for the state.
+__device__ __forceinline__ void publish(uint_t slots, float h0, float h1, uint_t tag) {
     asm volatile(
-        "{.reg .pred writes; .reg .b64 lo, hi; setp.ne.u32 writes, %4, 0; mov.b64 lo, {%1, %3}; mov.b64 hi, {%2, %3};"
-        "@writes st.volatile.shared.v2.b64 [%0], {lo, hi};}" ::"r"(slots),
-        "f"(h0), "f"(h1), "r"(tag), "r"((uint_t)writes)
+        "{.reg .b64 lo, hi, old; mov.b64 lo, {%1, %3}; mov.b64 hi, {%2, %3};"
+        "atom.shared.exch.b64 old, [%0], lo; atom.shared.exch.b64 old, [%0 + 8], hi;}" ::"r"(slots),
+        "f"(h0), "f"(h1), "r"(tag)
         : "memory");
 }
 
-__device__ __forceinline__ float await_state(uint_t slot, uint_t tag) {
-    float h;
-    uint_t seen;
+__device__ __forceinline__ void await_states(uint_t slots, uint_t tag, float &h0, float &h1) {
+    uint_t tag0, tag1;
     do {
-        asm volatile("{.reg .b64 both; ld.volatile.shared.b64 both, [%2]; mov.b64 {%0, %1}, both;}"
-                     : "=f"(h), "=r"(seen)
-                     : "r"(slot)
+        asm volatile("{.reg .b64 lo, hi; ld.volatile.shared.v2.b64 {lo, hi}, [%4]; mov.b64 {%0, %1}, lo; mov.b64 {%2, %3}, hi;}"
+                     : "=f"(h0), "=r"(tag0), "=f"(h1), "=r"(tag1)
+                     : "r"(slots)
                      : "memory");
-    } while (__any_sync(0xffffffffu, seen != tag));
-    return h;
-}
-
-// By lane 0 alone, for all its warp has done.
-__device__ __forceinline__ void store_release(uint_t *word, uint_t value, int lane) {
-    __syncwarp();
-    asm volatile("{.reg .pred first; setp.eq.s32 first, %2, 0; @first st.release.cta.shared.u32 [%0], %1;}" ::"r"(shared_address(word)),
-                 "r"(value), "r"(lane)
-                 : "memory");
-}
-
-__device__ __forceinline__ void add_release(uint_t *word, int lane) {
-    __syncwarp();
-    asm volatile("{.reg .pred first; setp.eq.s32 first, %1, 0; @first red.release.cta.shared.add.u32 [%0], 1;}" ::"r"(shared_address(word)),
-                 "r"(lane)
-                 : "memory");
-}
-
-__device__ __forceinline__ void await_at_least(const uint_t *word, uint_t value) {
-    uint_t seen;
-    do {
-        asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(seen) : "r"(shared_address(word)) : "memory");
-    } while (__any_sync(0xffffffffu, seen < value));
+    } while (__any_sync(0xffffffffu, tag0 != tag || tag1 != tag));
 }
 
 __device__ __forceinline__ void team_barrier() {

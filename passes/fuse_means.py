@@ -16,7 +16,7 @@ After::
     dt     = softplus(matmul(dt_proj, f.steps) + bias)       # (B, K, D, L)
     Abar   = mean_D(exp(dt * A));  Bu = mean_D(dt * x) * f.B
     y      = linear_scan(*(gather(t, order) for t in (Abar, Bu, C)))     # K*N small maps in scan order
-    merged = sum_k gather(y_k, inverse of order_k) + (sum_k D_k) * x
+    merged = broadcast_add(sum_k gather(y_k, inverse of order_k), x, sum_k D_k)
 
 ``"all"`` averages over the K directions as well, in scan order, as the block does.
 """

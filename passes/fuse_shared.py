@@ -14,7 +14,8 @@ After (pointwise maps commute with permutations of positions; dt_proj folds to t
     yr     = shared_scan2d(f.u, f.delta, A1, f.B, f.C, bias, directions=[0, 1, 2, 3])    # (B, K, r, H, W)
     merged = linear(yr, V of all directions) + (sum_k D_k) * x
 
-Where V is one for every direction (the mean), the K one-channel maps are summed by the scan and broadcast. As in
+Where V is one for every direction (the mean), the K one-channel maps are summed by the scan, and `broadcast_add` copies the
+sum to the channels and adds D * x. As in
 :mod:`fuse_ss2d` the region is recognised and proved by evaluating it; ``node.meta["vmeanba_fx.not_fused"]`` says why not.
 """
 
@@ -97,13 +98,19 @@ def feature_maps(
 def add_skip(
     gm: fx.GraphModule, emit: Emitter, cross: CrossScan, merge: Merge, x: fx.Node, y: fx.Node, bias: Tensor | None, site: str
 ) -> fx.Node:
-    """y (B, D or 1, H, W) + skip * x + bias in the dtype of the merged map."""
+    """y (B, D or 1, H, W) + skip * x + bias in the dtype of the merged map: for one channel in one pass over memory."""
     skip = torch.zeros(cross.channels, dtype=torch.float64) if merge.skip is None else merge.skip
+    wanted = value(merge.node).dtype
+    shifted = bias is not None and bool(bias.abs().max() > 0)
+    if value(y).shape[1] == 1 and not shifted:
+        y, x = (emit(aten.flatten.using_ints, t, 2, 3) for t in (y, x))
+        D = make_buffer(gm, emit, site, "D", skip, cross, torch.float32)
+        out = emit(torch.ops.vmeanba_fx.broadcast_add.default, emit(aten.unsqueeze.default, y, 2), x, D, wanted)
+        return emit(aten.unflatten.int, out, 2, [cross.height, cross.width])
     D = make_buffer(gm, emit, site, "D", skip.reshape(-1, 1, 1), cross, torch.float32)
     out = emit(aten.add.Tensor, emit(aten.mul.Tensor, x, D), y)
-    if bias is not None and bool(bias.abs().max() > 0):
+    if shifted:
         out = emit(aten.add.Tensor, out, make_buffer(gm, emit, site, "bias", bias.reshape(-1, 1, 1), cross, torch.float32))
-    wanted = value(merge.node).dtype
     return out if value(out).dtype == wanted else emit(aten.to.dtype, out, wanted)
 
 

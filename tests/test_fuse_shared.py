@@ -121,6 +121,7 @@ def test_live_sites_of_vmamba(name, mean, dtype):
     n = len(plan.sites)
     gm = plan.apply(n)
     assert targets(gm).count(OURS.shared_scan2d.default if mean == "input" else OURS.linear_scan.default) == n
+    assert targets(gm).count(OURS.broadcast_add.default) == n
     assert not vmeanba_fx.report(gm).unfused
     gone = {aten.flip.default, aten.stack.default, aten.conv1d.default, aten.split_with_sizes.default}
     assert not gone & set(targets(gm)), "parts of the cross scan or of its projections are left"

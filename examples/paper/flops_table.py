@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vmeanba_fx
 from vmeanba_fx import models
 
-SCANS = ("selective_scan", "linear_scan", "shared_scan", "shared_scan2d", "ss2d", "broadcast_add")
+SCANS = ("selective_scan", "linear_scan", "shared_scan", "shared_scan2d", "ss2d")
 LITERAL = ["drop_annihilated", "merge_skips", "fuse_ss2d", "channels_last", "cleanup"]
 NAMES = ("vmamba_tiny_s1l8", "vmamba_small_s1l20", "vmamba_base_s1l20", "vanilla_vmamba_tiny")
 

@@ -1,10 +1,6 @@
 """Every kernel once on small inputs, without checking results: what compute-sanitizer is pointed at.
 
-    for tool in memcheck initcheck; do compute-sanitizer --tool $tool python3 tests/cuda/driver.py; done
-    compute-sanitizer --tool racecheck --kernel-name-exclude kernel_substring=ss2d python3 tests/cuda/driver.py
-
-racecheck knows barriers only. The warps of `ss2d` hand states on by values that carry a tag, and their sums by flags with
-release and acquire, which it reports as hazards; what those order is tested by repeated runs, bit for bit.
+    for tool in memcheck initcheck racecheck synccheck; do compute-sanitizer --tool $tool python3 tests/cuda/driver.py; done
 """
 
 import torch
@@ -59,6 +55,7 @@ def main() -> None:
     maps(3, 4, 1, 16, 56, 40, half, True, [0, 1, 2, 3])
     maps(2, 4, 2, 1, 20, 30, half, False, [0, 1, 2, 3])
     maps(1, 2, 1, 4, 96, 120, torch.bfloat16, True, [0, 3])
+    maps(1, 2, 1, 2, 128, 96, half, True, [0, 3])
     map_scan(2, 24, 14, 14, 6, 1, half)
     map_scan(2, 17, 9, 7, 6, 1, single)
     map_scan(2, 16, 16, 16, 4, 1, torch.bfloat16, padding=2)
@@ -70,6 +67,7 @@ def main() -> None:
     ops.linear_scan(a, b, a)
     ops.broadcast_add(normal(2, 2, 1, 9), normal(2, 6, 9, dtype=half), normal(6))
     ops.broadcast_add(normal(2, 2, 1, 16), normal(2, 6, 16, dtype=half), normal(6))
+    ops.broadcast_add(normal(2, 1, 1, 9), normal(2, 9, 16, dtype=half).transpose(1, 2), normal(16))
     torch.cuda.synchronize()
 
 

@@ -199,6 +199,19 @@ def test_broadcast_add(length, skip, dtype):
     assert_near(out, expected + D.double()[:, None] * u.double() if skip else expected, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize(("groups", "channels", "length", "skip"), [(1, 192, 196, True), (4, 24, 49, True), (2, 6, 25, False)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_broadcast_add_channels_last(groups, channels, length, skip, dtype):
+    y = normal(3, groups, 1, length)
+    u = normal(3, length, channels, dtype=dtype).transpose(1, 2)
+    D = normal(channels) if skip else None
+    poison(*u.shape, dtype=dtype)
+    out = ops.broadcast_add(y, u, D)
+    assert out.dtype == dtype and out.stride() == u.stride()
+    expected = y.double().expand(-1, -1, channels // groups, -1).reshape(u.shape)
+    assert_near(out, expected + D.double()[:, None] * u.double() if skip else expected, TOLERANCE[dtype])
+
+
 def test_broadcast_add_strides():
     y = normal(2, 3, 30)[..., ::2].unsqueeze(2)
     u = normal(2, 15, 9).transpose(1, 2)

@@ -150,6 +150,13 @@ def test_tiles_of_a_large_map_in_one_block():
     check_maps(map_inputs(70, 1, 1, 2, 91, 103, torch.float32), [1], True, 1e-5)
 
 
+@pytest.mark.parametrize(("batch", "states", "size"), [(140, 16, (56, 56)), (2, 16, (128, 128)), (70, 6, (41, 33))])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_two_states_a_step(batch, states, size, dtype):
+    check_maps(map_inputs(batch, 4, 1, states, *size, dtype), [0, 1, 2, 3], True, 5e-3)
+    check_maps(map_inputs(batch, 2, 1, states, *size, dtype), [3, 6], False, 5e-3, out_dtype=dtype)
+
+
 @pytest.mark.parametrize("size", [(1, 65536), (256, 256), (9000, 2), (2, 9000), (3, 20001)])
 def test_very_large_maps(size):
     check_maps(map_inputs(1, 4, 1, 1, *size, torch.float32), [0, 1, 2, 3], True, 1e-5)

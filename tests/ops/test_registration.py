@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from torch.export import Dim, export
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -68,6 +69,13 @@ def test_compile_with_gradients(case, dynamic):
         torch.autograd.grad(out.sum(), our_leaves, **options),
         torch.autograd.grad(expected.sum(), their_leaves, **options),
     )
+
+
+def test_compiling_takes_the_tail_apart():
+    y, u, D = problems.broadcast_add(2, 2, 3, 7, torch.float32).values()
+    compiled = make_fx(lambda *tensors: torch.ops.vmeanba_fx.broadcast_add(*tensors))(y, u, D)
+    assert overload("broadcast_add") not in {node.target for node in compiled.graph.nodes}
+    torch.testing.assert_close(compiled(y, u, D), ops.broadcast_add(y, u, D))
 
 
 @pytest.mark.slow
@@ -142,7 +150,6 @@ FLOPS = {
     "shared_scan": (problems.shared_scan(2, 2, 4, 5, 7), 10 * 2 * 7 * 2 * 4 * 5),
     "shared_scan2d": (problems.shared_scan2d(2, [0, 1], 4, 5, 2, 3, own_u=False), 10 * 2 * 6 * 2 * 4 * 5),
     "ss2d": (problems.ss2d(2, [0, 1], 3, 4, 5, 2, 3), 9 * 2 * 6 * 6 * 5 + 2 * 2 * 6 * 6 * 4 + 2 * 6 * 3),
-    "broadcast_add": (problems.broadcast_add(2, 2, 3, 7), 2 * 7 * 6),
 }
 
 

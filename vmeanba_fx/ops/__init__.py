@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # Most of these are imported because importing them registers their implementations.
-from . import autograd, backward, checks, compose, cpu, cuda, cuda_shared, cuda_ss2d, flops, library  # noqa: F401
+from . import autograd, backward, checks, compose, cpu, cuda, cuda_shared, cuda_ss2d, decompositions, flops, library  # noqa: F401
 
 __all__ = ["broadcast_add", "linear_scan", "selective_scan", "shared_scan", "shared_scan2d", "ss2d"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import backward, cpu, cuda_runtime
 from .cuda_runtime import TYPE_CODES
-from .library import LIBRARY
+from .library import LIBRARY, empty_tail, is_channels_last
 
 MAX_STATES = 256
 _MAX_ROWS = 2**31 - 1
@@ -281,40 +281,41 @@ def _backward_plan(types, states, softplus, batch, groups, per_group, length, pa
     return plan
 
 
-def _prepare_tail(y, u, skip, out_dtype):
+def _prepare_tail(y, u, D, out_dtype):
     """(kernel, grid, sizes) for these arguments, or None to leave them to PyTorch."""
     if not usable(y, u) or out_dtype not in TYPE_CODES or u.numel() == 0:
         return None
     channels, length = u.shape[1:]
     check_limits("broadcast_add", length, 1, u.shape[0] * channels)
-    rows = y.squeeze(2)
-    vector = u.is_contiguous() and u.data_ptr() % 16 == 0 and u.numel() % 8 == 0
-    whole = vector and length % 8 == 0 and aligned_rows({2: 16, 4: 16}, rows)
+    rows, per_group, last = y.squeeze(2), channels // y.shape[1], is_channels_last(u)
+    vector = (last or u.is_contiguous()) and u.data_ptr() % 16 == 0 and u.numel() % 8 == 0
+    whole = vector and (per_group if last else length) % 8 == 0 and aligned_rows({2: 16, 4: 16}, D if last else rows)
     macros = (
         ("Y_TYPE", type_code(y)),
         ("U_TYPE", type_code(u)),
         ("OUT_TYPE", TYPE_CODES[out_dtype]),
-        ("SKIP", int(skip)),
+        ("SKIP", int(D is not None)),
+        ("LAST", int(last)),
         ("VECTOR", int(vector)),
         ("WHOLE", int(whole)),
     )
     kernel = cuda_runtime.kernel("tail.cu", "broadcast_add", macros, u.get_device())
-    sizes = (u.numel(), length, channels, channels // y.shape[1], *rows.stride(), *u.stride())
+    sizes = (u.numel(), length, channels, per_group, *rows.stride(), *u.stride())
     return kernel, (-(-u.numel() // 2048), 1, 1), sizes
 
 
 def broadcast_add(y, u, D, out_dtype=None):
-    key = (u.get_device(), D is None, out_dtype, layout(y, u))
+    skip = parameter(D)
+    key = (u.get_device(), out_dtype, layout(y, u, skip))
     launch = _tail_launches.get(key)
     if launch is None:
-        launch = _prepare_tail(y, u, D is not None, out_dtype or u.dtype)
+        launch = _prepare_tail(y, u, skip, out_dtype or u.dtype)
         if launch is None:
             return cpu.broadcast_add(y, u, D, out_dtype)
         _tail_launches.add(key, launch)
     kernel, grid, sizes = launch
-    D = parameter(D)
-    out = torch.empty(u.shape, dtype=out_dtype or u.dtype, device=u.device)
-    kernel.launch(grid, 256, 0, (y.data_ptr(), u.data_ptr(), pointer(D), out.data_ptr(), *sizes))
+    out = empty_tail(u, out_dtype or u.dtype)
+    kernel.launch(grid, 256, 0, (y.data_ptr(), u.data_ptr(), pointer(skip), out.data_ptr(), *sizes))
     return out
 
 

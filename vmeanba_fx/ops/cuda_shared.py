@@ -3,8 +3,8 @@
 All three are one kernel, `cuda/shared_scan.cu`, which walks over maps in spatial order: a plain sequence is a map of
 height 1. A block works on one batch item (and up to 4 of the R channels), with its directions in parallel teams of
 threads and their sum in shared memory. Where there are too few batch items to fill the GPU, or the map is too large for
-that sum, blocks take single directions (or part of the states) and PyTorch adds up their float32 outputs. Both are
-deterministic.
+that sum, blocks take single directions (or part of the states) and a second launch adds up their float32 outputs. Both
+are deterministic.
 
 Fastest are arrays whose (H, W) planes are contiguous and start at multiples of 16 bytes, as one projection's output
 (B, features, H*W) has them.
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import compose, cpu, cuda_runtime
 from .cuda import LaunchCache, check_limits, layout, parameter, pointer, type_code, usable
+from .cuda_merge import Merge
 from .cuda_runtime import TYPE_CODES
 from .library import LIBRARY
 
@@ -101,8 +102,7 @@ class _Launch:
     sizes: tuple[int, ...]
     out_shape: tuple[int, ...]
     out_dtype: torch.dtype
-    parts: int
-    merge_after: bool  # the directions are still to be added up
+    merge: Merge | None  # what is still to be done
 
 
 _launches = LaunchCache()
@@ -164,11 +164,7 @@ def _run(u, delta, A, B, C, bias, codes, order, softplus, merge, out_dtype) -> T
     out = torch.empty(launch.out_shape, dtype=launch.out_dtype, device=C.device)
     pointers = (pointer(t) for t in (u, delta, A, B, C, bias, out, table))
     launch.kernel.launch(launch.grid, launch.threads, launch.shared, (*pointers, *launch.sizes))
-    if launch.parts > 1 or launch.merge_after:
-        if not launch.merge_after:
-            out = out.unflatten(1, (-1, launch.parts))
-        out = out.sum(1 if launch.merge_after else 2).to(out_dtype)
-    return out
+    return out if launch.merge is None else launch.merge(out)
 
 
 def _prepare(u, delta, B, C, codes, table, softplus, merge, out_dtype) -> _Launch | None:
@@ -206,9 +202,12 @@ def _prepare(u, delta, B, C, codes, table, softplus, merge, out_dtype) -> _Launc
     )
     if plan is None:
         return None
-    merge_after = merge and not plan.merge
-    directions = () if plan.merge else (groups * plan.parts,)
-    dtype = torch.float32 if merge_after or plan.parts > 1 else out_dtype
+    maps = groups * plan.parts  # as blocks make them
+    addends = 1 if plan.merge else maps if merge else plan.parts
+    shape, dtype, after = (batch, *(() if merge else (groups,)), rank, height, width), out_dtype, None
+    if addends > 1:
+        after = Merge.of(addends, shape, out_dtype, device)
+        shape, dtype = (batch, maps, rank, height, width), torch.float32
     if linear:
         u_strides, delta_strides, B_strides = (0,) * 5, delta.stride(), B.stride()
     else:
@@ -219,14 +218,13 @@ def _prepare(u, delta, B, C, codes, table, softplus, merge, out_dtype) -> _Launc
     sizes = (groups, states, plan.parts, rank, height, width, plan.rows, plan.columns, plan.skew, plan.sum_cap)
     return _Launch(
         kernel=_kernel(problem, plan, TYPE_CODES[dtype], device),
-        grid=(batch, -(-rank // plan.rank), 1 if plan.merge else groups * plan.parts),
+        grid=(batch, -(-rank // plan.rank), 1 if plan.merge else maps),
         threads=(plan.threads + 32 * (plan.bulk and plan.loops)) * plan.teams,
         shared=plan.shared,
         sizes=(problem.directions, *sizes, *u_strides, *delta_strides, *B_strides, *C.stride()),
-        out_shape=(batch, *directions, rank, height, width),
+        out_shape=shape,
         out_dtype=dtype,
-        parts=plan.parts,
-        merge_after=merge_after,
+        merge=after,
     )
 
 
@@ -279,10 +277,12 @@ def _plan(problem: _Problem, baked: bool, shared_limit: int, multiprocessors: in
         sizes = [(budget, _MAX_TILE) for budget in budgets if problem.length <= _MAX_TILE]
         sizes += product(budgets, (_MAX_TILE, 4096, 2048, 1024, 512))
         teams_counts = _team_counts(problem, merge, blocks, multiprocessors)
-        # Other blocks on the same multiprocessor fill the waits as more stages would.
-        depths = (2,) if problem.states == 1 and blocks > 2 * multiprocessors else (4, 3, 2)
+        plain = baked and not problem.linear and not problem.table and 0 not in problem.types
+        pair = 2 if plain and items == 16 and problem.states // parts % 2 == 0 else 1
+        # Other blocks on the same multiprocessor, or steps of two states, fill the waits as more stages would.
+        depths = (2,) if pair == 2 or (problem.states == 1 and blocks > 2 * multiprocessors) else (4, 3, 2)
         for (budget, tile), teams, stages in product(sizes, teams_counts, depths):
-            plan = _fit(problem, baked, merge, parts, rank, teams, tile, items, stages, 1, budget)
+            plan = _fit(problem, baked, merge, parts, rank, teams, tile, items, stages, pair, budget)
             if plan is not None:
                 return plan
     return None

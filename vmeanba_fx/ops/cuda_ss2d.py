@@ -248,7 +248,7 @@ def _ring(warps: int) -> int:
 
 def _links_bytes(warps: int, fronts: int, states: int) -> int:
     """Size of the kernel's struct Links."""
-    return -(-(fronts * states * _ring(warps) * 64 + 4 * (_MAX_TILES if fronts > 1 else 1) + 4) // 16) * 16
+    return -(-(fronts * states * _ring(warps) * 64 + 8 * (_MAX_TILES if fronts > 1 else 1) + 8) // 16) * 16
 
 
 def _team_shape(batch, teams, tiles, states, pairs, team_bytes, device) -> tuple[int, int, int]:

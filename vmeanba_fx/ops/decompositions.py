@@ -151,3 +151,6 @@ def _put_back(walk: ScanOrder, rows: Tensor) -> Tensor:
 
 
 _SCANS = (selective_scan, linear_scan, shared_scan, shared_scan2d, ss2d)
+
+# One pass over memory is the best that eager execution can do; torch.compile fuses these operators with those around them.
+_ops.broadcast_add.default.py_impl(torch._C.DispatchKey.CompositeImplicitAutograd)(broadcast_add)

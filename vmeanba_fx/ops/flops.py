@@ -8,7 +8,7 @@ multiply-add as 2, so the two add up).
     `+ D u`, `* silu(z)`      B L (K D) each           where the op is given them
 
 The paper's whole block costs 10 B L N + B L D N: what its mean over channels adds is not in the scan op, it lies in the
-nodes before it. `ss2d` adds its step projection, 2 B L K D R. Backward ops have no formula.
+nodes before it. `ss2d` adds its step projection, 2 B L K D R. Backward ops and `broadcast_add` have no formula.
 """
 
 import torch
@@ -50,9 +50,3 @@ def ss2d(x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplu
     scan = 9 * groups * channels * A[1]
     projection = 2 * groups * channels * rank
     return batch * height * width * (scan + projection + channels * (D is not None))
-
-
-@register_flop_formula(_ops.broadcast_add)
-def broadcast_add(y, u, D, out_dtype=None, **_) -> int:
-    batch, channels, length = u
-    return batch * channels * length * (D is not None)

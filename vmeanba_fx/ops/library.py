@@ -57,6 +57,19 @@ def empty_map(x, dtype):
     return torch.empty_like(x, dtype=dtype) if x.device.type == "cpu" else x.new_empty(x.shape, dtype=dtype)
 
 
+def is_channels_last(u):
+    """Whether u (B, C, L) lies in memory as (B, L, C)."""
+    return u.transpose(1, 2).is_contiguous() and not u.is_contiguous()
+
+
+def empty_tail(u, dtype):
+    """The output of `broadcast_add`: channels-last in memory if u (B, K*D, L) is, else contiguous."""
+    if is_channels_last(u):
+        batch, channels, length = u.shape
+        return u.new_empty((batch, length, channels), dtype=dtype).transpose(1, 2)
+    return u.new_empty(u.shape, dtype=dtype)
+
+
 def _fake(name: str):
     return torch.library.register_fake(f"{NAMESPACE}::{name}", lib=LIBRARY)
 
@@ -101,7 +114,7 @@ def _(x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplus, 
 @_fake("broadcast_add")
 def _(y, u, D, out_dtype=None):
     checks.check_broadcast_add(y, u, D, out_dtype)
-    return u.new_empty(u.shape, dtype=out_dtype or u.dtype)
+    return empty_tail(u, out_dtype or u.dtype)
 
 
 @_fake("selective_scan_backward")
