@@ -66,6 +66,12 @@ struct Params {
 #define MAYBE_SCATTERED 1
 #endif
 #define ONE_TILE (ROWS_OF >= LENGTH_OF && COLUMNS_OF >= WIDTH_OF)
+// Elements in a line of a tile of columns; a constant where all such tiles are alike.
+#if BAKED
+#define COLUMN_LINE(line) (WIDTH % COLUMNS_TILE == 0 ? COLUMNS_TILE : line)
+#else
+#define COLUMN_LINE(line) line
+#endif
 // Every step of every thread lies within its tile.
 #if BAKED
 #define WHOLE_TILES                                                                                              \

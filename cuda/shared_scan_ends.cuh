@@ -90,13 +90,16 @@ __device__ __forceinline__ void put(float *to, float value, bool add) { *to = ad
 // tile after lines of the tile.
 __device__ __forceinline__ void place(float *sums, int sum_cap, const float (&y)[RANK][ITEMS], const Steps &steps,
                                       const Tile &tile, const Params &p, int thread, bool not_first) {
-    const int skew = SKEW_OF, width = WIDTH_OF, count = tile.count, line = !MERGE || ONE_TILE ? tile.line : width;
+    const int skew = SKEW_OF, width = WIDTH_OF, count = tile.count;
+    const int line = !MERGE || ONE_TILE ? COLUMN_LINE(tile.line) : width;
     const bool add = MERGE && not_first;
     auto at = [&](int index) {
-        if (SUM_SKEW == SKEW_OF && (!MERGE || ONE_TILE)) return index;
+        const bool of_tile = !MERGE || ONE_TILE;
+        if (SUM_SKEW == SKEW_OF && of_tile) return index;
         const int q = index - tile.lines(index, SKEW_LINES, skew) * skew;
-        const int position = MERGE && !ONE_TILE ? tile.position(q, width) : q;
-        return position + SUM_SKEW * (int)((uint_t)position / (uint_t)(SKEW_LINES * line));
+        if (of_tile) return tile.index(q, SUM_SKEW);
+        const int position = tile.position(q, width);
+        return position + SUM_SKEW * (int)((uint_t)position / (uint_t)(SKEW_LINES * width));
     };
 #pragma unroll
     for (int r = 0; r < RANK; ++r) {

@@ -67,9 +67,10 @@ struct Steps {
 #pragma unroll
             for (int i = 0; i < ITEMS; ++i) v[i] = Element<CODE>::load((const type *)(at + index[i] * bytes + offset));
         } else if (MAYBE_COLUMNS && kind == COLUMNS) {
+            const int step = COLUMN_LINE(line) * bytes;
 #pragma unroll
             for (int i = 0; i < ITEMS; ++i)
-                v[i] = Element<CODE>::load((const type *)(at + block[i / 8] * bytes + (offset + i % 8 * line * bytes)));
+                v[i] = Element<CODE>::load((const type *)(at + block[i / 8] * bytes + (offset + i % 8 * step)));
         } else {
 #pragma unroll
             for (int s = 0; s < ITEMS; s += 8) {
