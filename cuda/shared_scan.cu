@@ -66,9 +66,9 @@ struct Params {
 #define MAYBE_SCATTERED 1
 #endif
 #define ONE_TILE (ROWS_OF >= LENGTH_OF && COLUMNS_OF >= WIDTH_OF)
-// Elements in a line of a tile of columns; a constant where all such tiles are alike.
+// Elements in a line of a tile of columns; a constant where that is faster: not for whole maps, as measured.
 #if BAKED
-#define COLUMN_LINE(line) (WIDTH % COLUMNS_TILE == 0 ? COLUMNS_TILE : line)
+#define COLUMN_LINE(line) (!ONE_TILE && WIDTH % COLUMNS_TILE == 0 ? COLUMNS_TILE : line)
 #else
 #define COLUMN_LINE(line) line
 #endif

@@ -135,6 +135,7 @@ template <int KIND> __device__ __forceinline__ void scan_direction(const Params 
     bool may_add = site.turn == 0 || MEMBERS == 32;
     for (int tile = site.warp; tile < site.tiles; tile += WARPS) {
         const int start = (tile * 8 + segment) * SEG;
+        auto is_in = [&](int step) { return STEADY || start + (WHOLE && !ORDER ? 0 : step) < length; };
         const Steps steps = next;
         const f_type *record = feats + steps.first() * f_p;
 
@@ -310,10 +311,10 @@ template <int KIND> __device__ __forceinline__ void scan_direction(const Params 
 #endif
 #pragma unroll
         for (int from = 0; from < SEG; from += 7) {
-            float2 sum[7];
+            float2 sum[7] = {};
 #pragma unroll
             for (int i = 0; i < 7; ++i)
-                if (from + i < SEG) sum[i] = y_of_lane[steps.place(from + i)];
+                if (from + i < SEG && is_in(from + i)) sum[i] = y_of_lane[steps.place(from + i)];
 #pragma unroll
             for (int i = 0; i < 7; ++i)
                 if (from + i < SEG) {
@@ -327,7 +328,7 @@ template <int KIND> __device__ __forceinline__ void scan_direction(const Params 
                     sum[i].x += y[step][0];
                     sum[i].y += y[step][1];
 #endif
-                    if (STEADY || start + (WHOLE && !ORDER ? 0 : step) < length) y_of_lane[steps.place(step)] = sum[i];
+                    if (is_in(step)) y_of_lane[steps.place(step)] = sum[i];
                 }
         }
 #if FRONTS == 2

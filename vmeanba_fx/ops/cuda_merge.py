@@ -9,6 +9,8 @@ from torch import Tensor
 from . import cuda_runtime
 from .cuda_runtime import TYPE_CODES
 
+_PER_PART = 256  # elements of the output from which a thread may add up all the parts of its own; fewer are for PyTorch's tree
+
 
 @dataclass(frozen=True)
 class Merge:
@@ -21,7 +23,7 @@ class Merge:
 
     @classmethod
     def of(cls, parts: int, shape: tuple[int, ...], dtype: torch.dtype, device: int) -> "Merge":
-        if prod(shape[-3:]) % 4:
+        if prod(shape[-3:]) % 4 or parts > prod(shape) // _PER_PART:
             return cls(parts, shape, dtype, None)
         macros = (("PARTS", parts), ("OUT_TYPE", TYPE_CODES[dtype]))
         return cls(parts, shape, dtype, cuda_runtime.kernel("add_parts.cu", "add_parts", macros, device))
