@@ -12,6 +12,7 @@ Without ``--official`` the baseline is this package's own VMamba, whose outputs 
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import copy
 import csv
@@ -66,7 +67,8 @@ def parse() -> argparse.Namespace:
     p.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["amp16"])
     p.add_argument("--fractions", nargs="*", type=float, default=[0.0, 0.25, 0.5, 1.0], help="shares of sites replaced")
     p.add_argument("--compile", action="store_true", help="time torch.compile as well")
-    p.add_argument("--compile-mode", default="default", help="mode of torch.compile, for the official model and for ours")
+    p.add_argument("--options", nargs="*", default=[], metavar="NAME=VALUE",
+                   help="options of torch.compile, for the official model and for ours")  # fmt: skip
     p.add_argument("--graph", action="store_true", help="time the replay of each as a CUDA graph as well")
     p.add_argument("--ours", nargs="+", choices=("autocast", "baked", "half"), default=["baked"],
                    help="how our graphs run in 16 bits: under autocast, with it baked in, or all in half")  # fmt: skip
@@ -100,15 +102,18 @@ def measure(args: argparse.Namespace, name: str, precision: str) -> Iterator[dic
     with locked(args.lock, fcntl.LOCK_SH):
         variants = build(args, module, name, dtype)
     for batch in args.batch:
-        images = torch.randn(batch, 3, args.size, args.size, device="cuda")
+        images = torch.randn(batch, 3, args.size, args.size).cuda()
         for v in variants:
-            with locked(args.lock, fcntl.LOCK_SH), torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+            allow_tf32(False)
+            with locked(args.lock, fcntl.LOCK_SH), torch.inference_mode():
                 expected = v.reference(images)
-            autocast = torch.autocast("cuda", dtype=dtype or torch.float16, enabled=v.autocast)
+            allow_tf32(True)
             for mode, run in modes(args, v, module):
+                # A cache of cast weights must not be filled in a graph's capture; compiled models have none.
+                autocast = torch.autocast("cuda", dtype or torch.float16, v.autocast, cache_enabled=mode == "eager")
                 row = {"model": name, "precision": precision, "batch": batch, "variant": v.label, "mode": mode}
                 try:
-                    with torch.inference_mode(), autocast, tf32():
+                    with torch.inference_mode(), autocast:
                         row |= one_row(args, run, images.to(v.dtype), expected, LIMITS[precision])
                 except RuntimeError as error:
                     row["images/s"] = f"failed: {str(error).splitlines()[0][:60]}"
@@ -138,15 +143,9 @@ def build(args: argparse.Namespace, module: types.ModuleType, name: str, dtype: 
     return variants[args.skip_official :]
 
 
-@contextlib.contextmanager
-def tf32() -> Iterator[None]:
+def allow_tf32(allowed: bool) -> None:
     """What is timed may use TF32; what it is compared with may not."""
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        with torch.backends.cudnn.flags(allow_tf32=True):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
 def one_row(
@@ -159,6 +158,8 @@ def one_row(
         return {"error": error, "ms": float("nan"), "images/s": "WRONG NUMBERS"}
     with locked(args.lock, fcntl.LOCK_EX):
         ms, peak = timed(run, images, args.seconds)
+        if isinstance(run, GraphReplay):  # it has allocated everything beforehand
+            peak = float("nan")
         if args.profile:
             print(slowest_kernels(run, images), flush=True)
     return {"error": error, "ms": ms, "peak MiB": peak, "images/s": f"{1e3 * len(images) / ms:.0f}"}
@@ -186,7 +187,8 @@ def modes(
     if not args.compile or (args.skip_official_compile and not v.ours):
         return
     with scan_as_op(module) if args.official and not v.ours else contextlib.nullcontext():
-        compiled = torch.compile(v.model, fullgraph=v.ours, dynamic=False, mode=args.compile_mode)
+        options = {name: ast.literal_eval(value) for name, value in (o.split("=") for o in args.options)}
+        compiled = torch.compile(v.model, fullgraph=v.ours, dynamic=False, options=options or None)
         yield "compiled", compiled
         if args.graph:
             yield "compiled, CUDA graph", GraphReplay(compiled)
@@ -209,10 +211,7 @@ class GraphReplay:
                     self.model(images)
             torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
-            # The autocast cache of weights must not be filled inside the capture and freed with it.
-            enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-            uncached = torch.autocast("cuda", enabled=enabled, dtype=dtype, cache_enabled=False)
-            with torch.cuda.graph(self.graph), uncached:
+            with torch.cuda.graph(self.graph):
                 self.out = self.model(images)
         self.graph.replay()
         return self.out

@@ -91,16 +91,24 @@ def _sink(node: fx.Node) -> None:
 
 
 def _lay_out_weights(gm: fx.GraphModule) -> None:
-    """A convolution of a channels-last map converts a weight that is not channels-last at every call: do it here, once."""
-    for conv in gm.graph.nodes:
-        if conv.target is aten.conv2d.default and _is_first(conv.args[0]) and conv.args[1].op == "get_attr":
+    """A convolution of a channels-last map converts a weight that is not channels-last at every call: do it here, once.
+
+    Where its result is read with the channels last, as behind images, such a weight makes it be written so.
+    """
+    for conv in gm.graph.find_nodes(op="call_function", target=aten.conv2d.default):
+        last = _is_first(conv.args[0]) or all(_is_permute(user, _LAST) for user in conv.users)
+        if last and conv.args[1].op == "get_attr":
             weight = attribute(conv.args[1])
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
             conv.args[1].meta["val"] = value(conv.args[1]).contiguous(memory_format=torch.channels_last)
 
 
 def _is_first(node: object) -> bool:
-    return isinstance(node, fx.Node) and node.target is aten.permute.default and list(node.args[1]) == _FIRST
+    return _is_permute(node, _FIRST)
+
+
+def _is_permute(node: object, order: list[int]) -> bool:
+    return isinstance(node, fx.Node) and node.target is aten.permute.default and list(node.args[1]) == order
 
 
 def _operands(node: fx.Node) -> list[object] | None:

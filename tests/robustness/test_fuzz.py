@@ -25,7 +25,7 @@ from vmeanba_fx import VMeanbaError
 
 LONG = int(os.environ.get("VMEANBA_FUZZ_NETS", "0"))
 NETS, PER_NET, CASES = LONG or 80, 25, 2000
-PASSES = ("drop_annihilated", "merge_skips", "fuse_ss2d", "channels_last", "cleanup")
+PASSES = ("drop_annihilated", "merge_skips", "fuse_ss2d", "join_scans", "channels_last", "flatten_positions", "cleanup")
 MEANS = ("direction", "all", "input")
 # Rounding, beyond four times that of the model itself in this dtype. LayerNorms over a few channels blow single roundings in
 # bfloat16 up to a tenth of the output (with the same weights in float32: 1e-7); a wrong graph is off by about as much as it is.
