@@ -73,7 +73,7 @@ def calibrate(
         reduce: ``"mean"``, the paper's block, or ``"rank"``: scans of ``rank`` channels per direction with projections
             fitted to the data, see :mod:`vmeanba_fx.passes.rank_scan`. Three more passes over the loader, whatever the
             number of sites. Scores are of the fitted site without refitted layers.
-        rank: channels per direction (4), or ``"auto"``: the least of 1, 2, 4, 8, 16 that explains ``energy`` of a scan.
+        rank: channels per direction (4), or ``"auto"``: the least of 1, 2, 4, ... 64 that explains ``energy`` of a scan.
         energy: share of the scan's energy for ``rank="auto"`` (0.9).
         fit: what rank-r fits keep: ``"scan"`` (default), the scan's own output, or ``"outputs"``, of it what the class
             scores depend on (:mod:`vmeanba_fx.sensitivity`). That is one more pass, forwards and backwards.

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 RIDGES = (1e-5, 1e-3, 1e-2)
-AUTO_RANKS = (1, 2, 4, 8, 16)
+AUTO_RANKS = (1, 2, 4, 8, 16, 32, 64)
 _SWEEPS = 2
 _POLISH = 8
 _FLOOR = 0.1
@@ -275,8 +275,9 @@ def _unpacked(problem: _Problem, W: Tensor, V: Tensor, s: Tensor, rank: int, bia
 def auto_rank(sums: Sums, layout: Layout, energy: float, *, metrics: Sequence[Metric], skip: bool) -> int:
     """The least of ``AUTO_RANKS`` whose fit explains ``energy`` of the scan; the largest where none does."""
     ranks = [r for r in AUTO_RANKS if r <= layout.channels]
+    ridge = _best_ridge(sums, layout, metrics, RIDGES)
     for rank in ranks[:-1]:
-        if fit_low_rank(sums, layout, rank, metrics=metrics, skip=skip)[1] >= energy:
+        if fit_low_rank(sums, layout, rank, metrics=metrics, skip=skip, ridges=(ridge,))[1] >= energy:
             return rank
     return ranks[-1]
 

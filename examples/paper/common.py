@@ -251,6 +251,7 @@ def _rank(r: int) -> dict[str, Any]:
 
 
 _REFIT = {"refit": True}
+_OUTPUTS = {"fit": "outputs", "metric": "kl"}
 VARIANTS = {
     v.name: v
     for v in (
@@ -267,6 +268,7 @@ VARIANTS = {
         Variant("rank4_refit_all", _rank(4), {"refit": "all"}, "C1.-."),
         Variant("rank8_refit_all", _rank(8), {"refit": "all"}, "C5.-."),
         Variant("rank16_refit_all", _rank(16), {"refit": "all"}, "C2.-."),
+        Variant("rank16_outputs_refit_all", _rank(16) | _OUTPUTS, {"refit": "all"}, "C4.-"),
         Variant("mean_greedy", {"greedy": True}, {}, "k.-."),
         Variant("rank4_greedy_refit", _rank(4) | {"greedy": True}, _REFIT, "C3.-."),
     )
