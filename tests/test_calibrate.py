@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import vmeanba_fx
 from tests import zoo
-from tests.test_capture import AutocastBlock, InPlaceBlock, StaticBatch
+from tests.test_capture import InPlaceBlock, StaticBatch
+from tests.test_capture_sources import AutocastBlock
 from vmeanba_fx import Batch, CalibrationError, PlanError, calibrate
 from vmeanba_fx.metrics import unpack
 

@@ -7,7 +7,8 @@ from torch import nn
 import vmeanba_fx
 from tests import zoo
 from tests.redundant import loader, redundant
-from tests.test_capture import AutocastBlock, InPlaceBlock
+from tests.test_capture import InPlaceBlock
+from tests.test_capture_sources import AutocastBlock
 from vmeanba_fx import CalibrationError, calibrate
 from vmeanba_fx.gates import Gated, branch_of
 from vmeanba_fx.gradient import Estimator

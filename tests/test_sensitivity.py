@@ -9,13 +9,13 @@ from vmeanba_fx.passes import rank_scan
 
 import vmeanba_fx
 from tests import zoo
-from vmeanba_fx import CalibrationError, Plan
+from vmeanba_fx import CalibrationError, Plan, sensitivity
 from vmeanba_fx.batches import Batches
 from vmeanba_fx.data import load_digits_images, make_loader
-from vmeanba_fx.execute import Executor
+from vmeanba_fx.execute import Executor, traced_bytes
 from vmeanba_fx.fitting_sites import fit_sites
 from vmeanba_fx.gradient import curvature_probe
-from vmeanba_fx.graph import copy_graph, scan_nodes
+from vmeanba_fx.graph import concrete_sizes, copy_graph, scan_nodes, value
 from vmeanba_fx.models import vmamba_digits
 from vmeanba_fx.reduction import Reduction
 from vmeanba_fx.sensitivity import output_gradients
@@ -53,6 +53,19 @@ def test_gradients_are_those_of_finite_differences(build):
             moved = executor.rerun(state, {scan: y + step}) - executor.rerun(state, {scan: y - step})
             torch.testing.assert_close((gradient * step).sum(), (probe * moved).sum() / 2, rtol=1e-4, atol=1e-10)
     assert not any(p.grad is not None for p in gm.parameters())
+
+
+def test_batches_are_cut_where_a_backward_pass_has_no_room(monkeypatch):
+    """The probes of a part are those that the whole batch has for it."""
+    x = zoo.images(5, dtype=torch.float64)
+    gm = vmeanba_fx.capture(zoo.live(1).double(), x)
+    [scan] = [scan for _, scan in scan_nodes(gm)]
+    [whole] = output_gradients(gm, [scan], data_of([x]))
+    [traced] = [concrete_sizes(value(node))[0] for node in gm.graph.find_nodes(op="placeholder")]
+    monkeypatch.setattr(sensitivity, "BACKWARD_BYTES", 2.5 * sum(map(traced_bytes, gm.graph.nodes)) / traced)
+    parts = [part for [part] in output_gradients(gm, [scan], data_of([x]))]
+    assert [len(p) for p in parts] == [2, 2, 1]
+    torch.testing.assert_close(torch.cat(parts), whole[0])
 
 
 def test_fits_to_the_outputs_change_them_less():

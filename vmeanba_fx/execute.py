@@ -76,7 +76,7 @@ class Executor:
                 start[node] = best[1]
                 kept |= best[2]
                 best = None
-            alive[node] = _bytes(node)
+            alive[node] = traced_bytes(node)
             for dead in self._last_use.get(position, ()):
                 alive.pop(dead, None)
         return start, kept
@@ -215,7 +215,7 @@ class Executor:
         return getattr(self.interpreter, node.op)(node.target, args, kwargs)
 
 
-def _bytes(node: fx.Node) -> int:
+def traced_bytes(node: fx.Node) -> int:
     """Size of a node's value as it was traced; what the graph is given lies there anyway."""
     if node.op in ("placeholder", "get_attr"):
         return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,17 @@ class Batch:
             Tensor, lambda t: t.to(device), (self.args, self.kwargs, self.labels, self.raw)
         )
         return Batch(args, kwargs, labels, raw)
+
+    def split(self, count: int) -> Iterator[Batch]:
+        """Inputs of at most ``count`` samples at a time: tensors as long as the batch are cut, all else stays whole."""
+        size = self.size
+
+        def cut(start: int) -> Callable[[Tensor], Tensor]:
+            return lambda t: t[start : start + count] if t.dim() and t.shape[0] == size else t
+
+        for start in range(0, size, count):
+            args, kwargs = pytree.tree_map_only(Tensor, cut(start), (self.args, self.kwargs))
+            yield Batch(args, kwargs)
 
     def digest(self) -> bytes:
         """SHA-256 over dtypes, shapes and bytes of everything that enters a score."""

@@ -19,30 +19,40 @@ from torch import Tensor, fx
 
 from .batches import Batches
 from .errors import CalibrationError
-from .execute import Executor
+from .execute import Executor, traced_bytes
 from .gradient import curvature_probe
-from .metrics import logits_of
+from .graph import concrete_sizes, value
+from .metrics import Batch, logits_of
+
+BACKWARD_BYTES = 2 << 30  # about what a backward pass may hold; batches are cut into parts for it
 
 
 def output_gradients(gm: fx.GraphModule, scans: Sequence[fx.Node], data: Batches) -> Iterator[list[Tensor]]:
-    """For every batch, the gradients of one random probe of the logits by the outputs of ``scans`` (B, K*D, L).
+    """For every part of a batch, the gradients of one random probe of the logits by the outputs of ``scans`` (b, K*D, L).
 
     Raises:
         CalibrationError: the model returns no class scores, or cannot be differentiated.
     """
     tape = _Tape(gm, scans)
     for index, batch in enumerate(data.sweep()):
-        batch = batch.to(tape.device)
-        try:
-            with torch.enable_grad():
-                outputs, state = tape.run(*batch.args, **batch.kwargs)
-                logits = logits_of(outputs)
-                probe = curvature_probe(logits.detach().double().softmax(1), torch.Generator().manual_seed(index))
-                found = torch.autograd.grad(logits, [state.value(scan) for scan in scans], probe.to(logits.dtype))
-        except (RuntimeError, NotImplementedError, IndexError) as error:
-            why = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CalibrationError(f"fit='outputs' does not work for this model ({why}): use fit='scan'") from error
-        yield list(found)
+        generator = torch.Generator().manual_seed(index)
+        for part in batch.to(tape.device).split(_samples_at_once(gm) or batch.size):
+            try:
+                found = tape.gradients(part, generator)
+            except (RuntimeError, NotImplementedError, IndexError) as error:
+                why = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise CalibrationError(f"fit='outputs' does not work for this model ({why}): use fit='scan'") from error
+            yield found
+
+
+def _samples_at_once(gm: fx.GraphModule) -> int | None:
+    """How many samples one backward pass has room for; None where the graph takes whole batches only."""
+    inputs = [value(node) for node in gm.graph.find_nodes(op="placeholder")]
+    inputs = [t for t in inputs if isinstance(t, Tensor) and t.dim()]
+    if not inputs or not all(isinstance(t.shape[0], torch.SymInt) for t in inputs):
+        return None
+    per_sample = sum(map(traced_bytes, gm.graph.nodes)) / concrete_sizes(inputs[0])[0]
+    return max(1, int(BACKWARD_BYTES / max(per_sample, 1.0)))
 
 
 class _Tape(Executor):
@@ -50,12 +60,19 @@ class _Tape(Executor):
 
     def __init__(self, gm: fx.GraphModule, scans: Sequence[fx.Node]) -> None:
         super().__init__(gm, [], keep=scans)
-        self._scans = set(scans)
+        self._scans = list(scans)
+
+    @torch.enable_grad()
+    def gradients(self, batch: Batch, generator: torch.Generator) -> list[Tensor]:
+        outputs, state = self.run(*batch.args, **batch.kwargs)
+        logits = logits_of(outputs)
+        probe = curvature_probe(logits.detach().double().softmax(1), generator).to(logits.dtype)
+        return list(torch.autograd.grad(logits, [state.value(scan) for scan in self._scans], probe))
 
     def _call(self, node: fx.Node, *envs: dict[fx.Node, Any]) -> Any:
-        value = super()._call(node, *envs)
-        if node.op == "get_attr" and isinstance(value, Tensor):
-            return value.detach()
-        if node in self._scans and not value.requires_grad:
-            value.requires_grad_()
-        return value
+        found = super()._call(node, *envs)
+        if node.op == "get_attr" and isinstance(found, Tensor):
+            return found.detach()
+        if node in self._scans and not found.requires_grad:
+            found.requires_grad_()
+        return found
