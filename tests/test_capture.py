@@ -250,6 +250,43 @@ def test_inputs_that_do_not_fit():
         capture(model, torch.randn(0, 3, 12, 20))
 
 
+class Branches(nn.Module):
+    """Goes another way depending on the data, around a part that has the scans."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.ModuleDict({"net": zoo.tiny(2)})
+
+    def forward(self, x):
+        y = self.backbone["net"](x)
+        return -y if x.abs().max() > 1 else y
+
+
+def test_a_model_that_cannot_be_exported_says_which_part_can():
+    with pytest.raises(CaptureError, match=r"Branches cannot be exported.*all its scans lie in 'backbone.net'") as caught:
+        capture(Branches(), zoo.images())
+    assert len(str(caught.value)) < 1000
+
+
+class WantsCuda(nn.Module):
+    """Names the device it was written for, as research code does."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = zoo.tiny(1)
+
+    def forward(self, x):
+        offset = torch.zeros(1, 3, 1, 1, device="cuda") + torch.ones(1, device=torch.device("cuda", 0))
+        return self.net(x.cuda() + offset.to("cuda:0")).to(device="cuda")
+
+
+def test_code_that_names_cuda_is_captured_without_one():
+    gm = capture(WantsCuda().eval(), zoo.images(3))
+    x = zoo.images(5)
+    assert agrees(gm, lambda x: zoo.tiny(1)(x + 1), x)
+    assert not any("cuda" in str((node.args, node.kwargs)) for node in gm.graph.nodes)
+
+
 def test_model_that_cannot_be_copied():
     model = zoo.tiny(1)
     model.lock = type("Locked", (), {"__deepcopy__": lambda self, memo: 1 / 0})()

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from . import ops
-from .confinement import capturing, cpu_device_guard, forget_sizes, one_at_a_time
+from .confinement import capturing, forget_sizes, on_the_cpu, one_at_a_time
 from .copies import device_of, move_to_device, private_copy
 from .discovery import Discovery
 from .errors import CaptureError
@@ -37,7 +37,7 @@ from .graph import (
     strip_metadata,
 )
 from .guards import drop_needless_guards, failed_guard
-from .intercept import intercept
+from .intercept import Interception, intercept
 from .ops.last_state import last_state
 from .registry import ScanCall, compute_dtype, is_scan
 
@@ -45,6 +45,7 @@ __all__ = ["CaptureInfo", "capture", "capture_info"]
 
 log = logging.getLogger(__name__)
 _META = "vmeanba_fx.capture"
+_MESSAGE = 600
 
 
 @dataclass(frozen=True)
@@ -283,21 +284,29 @@ def _export(
                 shapes[t] = spec
     name = type(private).__name__
     stack: list[str] = []
-    with intercept(private, _emit, lambda: stack[-1] if stack else "") as (interception, found), cpu_device_guard():
-        with _module_stack(private, stack):
-            # Modules that build state in their first forward must build it from real tensors.
-            _attempt(lambda: private(*args, **kwargs), f"{name} does not run on the example input", args, found)
-            interception.refused.clear()
-        with _module_stack(private, stack):
-            program = _attempt(
-                lambda: torch.export.export(private, args, kwargs, dynamic_shapes=shapes, strict=False),
-                f"{name} cannot be exported",
-                args,
-                found,
-            )
+    stacks: list[tuple[str, ...]] = []
+
+    def emit(call: ScanCall) -> Any:
+        stacks.append(tuple(stack))
+        return _emit(call)
+
+    with intercept(private, emit, lambda: stack[-1] if stack else "") as (interception, found), on_the_cpu():
+        try:
+            with _module_stack(private, stack):
+                what = "does not run on the example input"
+                # Modules that build state in their first forward must build it from real tensors.
+                private(*args, **kwargs)
+                interception.refused.clear()
+            with _module_stack(private, stack):
+                what = "cannot be exported"
+                program = torch.export.export(private, args, kwargs, dynamic_shapes=shapes, strict=False)
+        except Exception as error:
+            sizes = ", ".join(str(tuple(t.shape)) for t in pytree.tree_leaves(args) if isinstance(t, Tensor))
+            message = f"{name} {what} ({sizes}): {type(error).__name__}: {_quoted(error)}"
+            raise CaptureError("; ".join([message, *_hints(interception, found, stacks)])) from error
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with intercept(private, _emit, lambda: ""), cpu_device_guard():
+        with intercept(private, _emit, lambda: ""), on_the_cpu():
             return private(*args, **kwargs)
 
     refused = list(dict.fromkeys(interception.refused))
@@ -309,18 +318,21 @@ def _export(
     return _Trace(program, program.module(), run, args, kwargs, refused, lookalikes, notes)
 
 
-def _attempt(run: Callable[[], Any], what: str, args: tuple[Any, ...], found: Discovery) -> Any:
-    try:
-        return run()
-    except Exception as error:
-        shapes = ", ".join(str(tuple(t.shape)) for t in pytree.tree_leaves(args) if isinstance(t, Tensor))
-        hint = ""
-        if found.lookalikes:
-            hint = "; these look like scans of unknown signature, see vmeanba_fx.register_scan: " + "; ".join(
-                sorted(found.lookalikes)
-            )
-        first = str(error).strip().splitlines()[:3]
-        raise CaptureError(f"{what} ({shapes}): {type(error).__name__}: {' '.join(first)}{hint}") from error
+def _quoted(error: Exception) -> str:
+    """The beginning of another package's message: that of ``torch.export`` may hold the whole graph."""
+    return " ".join(str(error).strip().splitlines()[:3])[:_MESSAGE]
+
+
+def _hints(interception: Interception, found: Discovery, stacks: list[tuple[str, ...]]) -> list[str]:
+    """What to try where a model cannot be captured. ``stacks``: the modules around each scan, outermost first."""
+    hints = [f"{where or 'the model'} has a scan that is refused: {why}" for where, why in interception.refused[:1]]
+    if found.lookalikes:
+        likely = "; ".join(sorted(found.lookalikes))
+        hints.append(f"these look like scans of unknown signature, see vmeanba_fx.register_scan: {likely}")
+    around = [level[0] for level in zip(*stacks, strict=False) if len(set(level)) == 1]
+    if around and around[-1]:
+        hints.append(f"all its scans lie in {around[-1]!r}: capture that module alone and put the result in its place")
+    return hints
 
 
 def _emit(call: ScanCall) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.fx import _symbolic_trace
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.overrides import TorchFunctionMode
 
 from .codeswap import CodeSwap
 
@@ -95,18 +96,35 @@ def _own_compiler_flags() -> Iterator[None]:
         yield
 
 
+class _CudaIsTheCpu(TorchFunctionMode):
+    """Makes code that names CUDA (``x.cuda()``, ``device="cuda"``) stay on the CPU; modes are for one thread anyway."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.device:
+            return func(*args, **(kwargs or {}))
+        return func(*map(self._on_cpu, args), **{name: self._on_cpu(value) for name, value in (kwargs or {}).items()})
+
+    @staticmethod
+    def _on_cpu(value: Any) -> Any:
+        named = isinstance(value, torch.device) or (isinstance(value, str) and value.partition(":")[0] == "cuda")
+        return torch.device("cpu") if named and torch.device(value).type == "cuda" else value
+
+
 @contextlib.contextmanager
-def cpu_device_guard() -> Iterator[None]:
-    """Make ``torch.cuda.device(...)`` do nothing in this thread: captures run on the CPU, where it would raise."""
+def on_the_cpu() -> Iterator[None]:
+    """Run a model's code on the CPU, in this thread, also where it says that it wants to be elsewhere."""
     original, thread = torch.cuda.device, threading.get_ident()
 
     class Guard(contextlib.nullcontext[None]):
-        def __new__(cls, device: Any) -> Any:
+        def __new__(cls, device: Any) -> Any:  # of tensors on the CPU; would raise
             return super().__new__(cls) if threading.get_ident() == thread else original(device)
 
     torch.cuda.device = Guard  # type: ignore[assignment,misc]
     try:
-        yield
+        with _CudaIsTheCpu():
+            yield
     finally:
         torch.cuda.device = original  # type: ignore[misc]
 

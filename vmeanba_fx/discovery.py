@@ -30,9 +30,9 @@ PYBIND = {
     "selective_scan_cuda_oflex": ("u", "delta", "A", "B", "C", "D", "delta_bias", "delta_softplus", "nrows", "oflex"),
 }
 _COMPILED = frozenset({*PYBIND, PYBIND_CONVOLUTION[0]})
-# mamba-ssm's functions by the names they are imported under. Much code swallows the ImportError, so that on a machine
-# without mamba-ssm the name is simply missing; then, and only then, it is supplied while tracing.
-MAMBA_SSM = ("selective_scan_fn", "selective_scan_ref")
+# Functions of mamba-ssm and of VMamba's kernels by the names they are imported under. Much code swallows the ImportError,
+# so that without these packages the name is simply missing; then, and only then, it is supplied while tracing.
+IMPORTED = ("selective_scan_fn", "selective_scan_ref", "selective_scan_fn_v1")
 _MAX_CONTAINER = 512  # a registry of scan variants is small; a longer container is data
 
 
@@ -149,7 +149,7 @@ def _function_children(fn: object, found: Discovery) -> list[object]:
                 out.append(value)
         elif name in _COMPILED and name not in sys.modules:
             found.missing_pybind.append((fn.__globals__, name))
-        elif name in MAMBA_SSM:
+        elif name in IMPORTED:
             found.missing_functions.append((fn.__globals__, name))
     return out
 

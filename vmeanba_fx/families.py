@@ -110,8 +110,12 @@ def _state_only(a: Mapping[str, Any]) -> ScanCall:
 
 
 def _chunked(a: Mapping[str, Any]) -> ScanCall:
-    """Mamba-2: x, z (B, L, H, P), dt (B, L, H), A (H,), B, C (B, L, G, N), D (H,) or (H, P), dt_bias (H,)."""
-    x, A = a["x"], a["A"]
+    """Mamba-2: x, z (B, L, H, P), dt (B, L, H), A (H,), B, C (B, L, G, N), D (H,) or (H, P), dt_bias (H,).
+
+    mamba-ssm's gives y in the dtype of x; that of Hugging Face, where x is called ``hidden_states``, in float32.
+    """
+    a = {**a, **a.get("kwargs", {})}
+    x, A = a.get("x", a.get("hidden_states")), a["A"]
     for name in ("initial_states", "seq_idx", "cu_seqlens", "return_varlen_states"):
         if a.get(name) is not None and a[name] is not False:
             raise Refusal(f"it is given {name}, which the scan op does not take")
@@ -134,12 +138,13 @@ def _chunked(a: Mapping[str, Any]) -> ScanCall:
     return canonical(
         turned(x), turned(dt[..., None].expand(*dt.shape, width)), per_channel(A)[:, None].expand(-1, B.shape[2]), B, C,
         None if D is None else per_channel(D), None if z is None else turned(z), None if bias is None else per_channel(bias),
-        softplus, None, bool(a.get("return_final_states")), lambda y: y.unflatten(1, (heads, width)).permute(0, 3, 1, 2),
+        softplus, None if "x" in a else compute, bool(a.get("return_final_states")),
+        lambda y: y.unflatten(1, (heads, width)).permute(0, 3, 1, 2),
         lambda h: h.unflatten(1, (heads, width)),
     )  # fmt: skip
 
 
-_CHUNKED = ("x", "dt", "A", "B", "C", "chunk_size")
+_CHUNKED = ("dt", "A", "B", "C", "chunk_size")
 _CHUNKED_OPTIONS = {
     "D", "z", "dt_bias", "initial_states", "seq_idx", "cu_seqlens", "dt_softplus", "dt_limit", "return_final_states",
     "return_varlen_states", "state_dtype", "backend",
@@ -148,8 +153,13 @@ _CHUNKED_OPTIONS = {
 
 def _is_chunked(parameters: tuple[str, ...]) -> bool:
     # The launchers behind the public function have its parameters but this one, and return what its backward needs.
-    n = len(_CHUNKED)
-    return parameters[:n] == _CHUNKED and "return_final_states" in parameters[n:] and set(parameters[n:]) <= _CHUNKED_OPTIONS
+    options = parameters[len(_CHUNKED) + 1 :]
+    return (
+        parameters[:1] in (("x",), ("hidden_states",))
+        and parameters[1 : len(_CHUNKED) + 1] == _CHUNKED
+        and "return_final_states" in options
+        and set(options) <= _CHUNKED_OPTIONS
+    )
 
 
 # -- any other code ----------------------------------------------------------------------------------------------------

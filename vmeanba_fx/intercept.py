@@ -57,6 +57,13 @@ def _mamba_ssm_signature(
     """The signature of mamba-ssm's function; only its parameters are used."""
 
 
+def _vmamba_signature(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, delta_bias: Tensor | None = None,
+    delta_softplus: bool = False, nrows: int = 1,
+) -> Any:  # fmt: skip
+    """The signature of the function in VMamba's first kernel package, which its forks import as ``..._v1``."""
+
+
 class Interception:
     """The swaps of one capture.
 
@@ -90,10 +97,11 @@ class Interception:
             call = spec.adapt(bound.arguments)
         except Refusal as refusal:
             self._entered -= spec.proof  # not a scan by its arguments either
-            place, seen = self.where(), (self._taken, len(self.refused))
+            taken, index = self._taken, len(self.refused)
+            self.refused.append((self.where(), str(refusal)))
             result = original(*args, **kwargs)
-            if not spec.proof or (self._taken, len(self.refused)) == seen:  # else a scan inside of it was seen
-                self.refused.append((place, str(refusal)))
+            if self._taken > taken or len(self.refused) > index + 1:  # a scan inside of it was seen
+                del self.refused[index]
             return result
         case = (id(signature), *case_of(bound.arguments))
         if case not in self._verdicts:
@@ -215,18 +223,22 @@ class Interception:
         )
 
     def supply_missing(self, found: Discovery) -> None:
-        """Give code that failed to import mamba-ssm its scan, under mamba-ssm's own signature."""
-        signature = inspect.signature(_mamba_ssm_signature)
+        """Give code that failed to import its scan one, under the signature that the scan of that name has."""
         adapt = registered_scans()["selective_scan"].adapt
 
-        def supplied(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != self._thread:
-                raise NameError("name 'selective_scan_fn' is not defined")
-            return self.emit(adapt(_bind(signature, args, kwargs, "selective_scan_fn").arguments))
+        def supplied(name: str) -> Callable[..., Any]:
+            signature = inspect.signature(_vmamba_signature if name.endswith("_v1") else _mamba_ssm_signature)
+
+            def scan(*args: Any, **kwargs: Any) -> Any:
+                if threading.get_ident() != self._thread:
+                    raise NameError(f"name {name!r} is not defined")
+                return self.emit(adapt(_bind(signature, args, kwargs, name).arguments))
+
+            return scan
 
         for namespace, name in found.missing_functions:
             if name not in namespace:
-                self._supply(namespace, name, supplied)
+                self._supply(namespace, name, supplied(name))
 
     def _pybind_forward(self, name: str, parameters: tuple[str, ...]) -> Callable[..., Any]:
         signature = inspect.Signature(

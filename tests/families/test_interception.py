@@ -16,7 +16,7 @@ from tests.families.models import build
 from tests.interception import DELTA, EXPECTED, SHORT, A, B, C, Caller, Recorder, U, own_scan
 from tests.zoo import vmamba_scan_fn
 from vmeanba_fx.codeswap import CodeSwap
-from vmeanba_fx.confinement import cpu_device_guard
+from vmeanba_fx.confinement import on_the_cpu
 from vmeanba_fx.intercept import intercept
 from vmeanba_fx.symbolic.leaves import LeafFunctions, Listener
 
@@ -176,7 +176,7 @@ def test_other_threads_run_the_original():
 
 def test_other_threads_keep_their_device_guard():
     original, seen = torch.cuda.device, []
-    with cpu_device_guard():
+    with on_the_cpu():
         with torch.cuda.device(torch.device("cpu")):  # would raise
             pass
         thread = threading.Thread(target=lambda: seen.append(torch.cuda.device(0)))

@@ -80,12 +80,21 @@ def chunk_scan(
     return (y, state.unflatten(1, (heads, width))) if return_final_states else y
 
 
-def mamba2(**options):
+def transformers_chunk_scan(
+    hidden_states, dt, A, B, C, chunk_size, D=None, dt_bias=None, initial_states=None, dt_softplus=False,
+    dt_limit=(0.0, float("inf")), return_final_states=False, **kwargs,
+):  # fmt: skip
+    """Hugging Face's Mamba-2: no z, y in float32."""
+    options = {"D": D, "dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": dt_limit, **kwargs}
+    return chunk_scan(hidden_states.float(), dt, A, B, C, chunk_size, return_final_states=return_final_states, **options)
+
+
+def mamba2(scan=chunk_scan, **options):
     """Heads of one channel each make a Mamba-2 call of any scan whose A has one value per channel."""
 
     def call(u, delta, A, B, C, D, bias):
         x = u.mT.unflatten(-1, (-1, 1))  # (B, L, H, 1)
-        out = chunk_scan(
+        out = scan(
             x, delta.mT, A[:, 0], B.permute(0, 3, 1, 2), C.permute(0, 3, 1, 2), 4, D, dt_bias=bias, dt_softplus=True, **options
         )
         y = out[0] if isinstance(out, tuple) else out
@@ -102,6 +111,7 @@ SIGNATURES = {
     "states without C": (states_outside, {"state": 1}),
     "Mamba-2": (mamba2(), {"state": 1}),
     "Mamba-2, final states dropped": (mamba2(return_final_states=True), {"state": 1}),
+    "Mamba-2 of Hugging Face": (mamba2(transformers_chunk_scan, seq_idx=None), {"state": 1}),
     "Mamba-2, limited step": (mamba2(dt_limit=(0.05, 0.6)), {"state": 1}),
 }
 
@@ -213,5 +223,20 @@ def test_parts_by_name_need_a_proof():
     torch.testing.assert_close(gm(x), model(x), rtol=1e-5, atol=1e-6)
 
 
+def scan_with_sizes(u, delta, A, B, C, D=None, delta_bias=None, delta_softplus=True, HH=None, WW=None):
+    """2DVMamba's wrapper, which has the parameters of a 2-D recurrence also where it runs along one sequence."""
+    return zoo.vmamba_scan_fn(u, delta, A, B, C, D, delta_bias, delta_softplus)
+
+
+def test_a_scan_inside_of_what_is_refused_is_no_refusal():
+    def call(u, delta, A, B, C, D, bias):
+        return scan_with_sizes(u, delta, A, B, C, D, bias)
+
+    gm = vmeanba_fx.capture(zoo.tiny(1, call=call), zoo.images(2))
+    sites = vmeanba_fx.find_sites(gm)
+    assert [s.name for s in sites] == ["blocks.0.op"] and not sites.refused
+
+
 def test_the_chunked_signature_is_its_own_family():
+    assert find_spec(transformers_chunk_scan, parameter_names(transformers_chunk_scan)).name == "chunked scan (Mamba-2)"
     assert find_spec(chunk_scan, parameter_names(chunk_scan)).name == "chunked scan (Mamba-2)"
