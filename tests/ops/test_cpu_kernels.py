@@ -167,6 +167,44 @@ def in_process(code: str, **environment: str) -> str:
     return result.stdout
 
 
+MEMORY = """
+import sys, torch, vmeanba_fx
+from tests.ops import problems
+from vmeanba_fx import ops
+from vmeanba_fx.ops import cpu_jit
+kind, N = sys.argv[1], 16
+if kind == "torch":
+    N, cpu_jit._kernels = 1, lambda: None
+def status(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
+for name, make, sizes in (
+    ("selective_scan", problems.selective_scan, ((1, 2, 128, N, 1024), (1, 2, 128, N, 2**14))),
+    ("shared_scan", problems.shared_scan, ((1, 2, 128, N, 1024), (1, 2, 128, N, 2**14))),
+    ("ss2d", problems.ss2d, ((1, [0, 1, 2, 3], 64, 4, N, 32, 32), (1, [0, 1, 2, 3], 64, 4, N, 128, 256))),
+):
+    small, large = (make(*size, torch.float32) for size in sizes)
+    with torch.inference_mode():
+        for arguments in (small, large):
+            given = sum(4 * x.numel() for x in arguments.values() if torch.is_tensor(x))
+            open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+            before = status("VmRSS")
+            out = getattr(ops, name)(**arguments)
+            grown = status("VmHWM") - before
+    print(name, grown / (given + 2 * 4 * out.numel()))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="measures with Linux' /proc")
+@pytest.mark.parametrize("kind", ["numba", "torch"])
+def test_memory_of_the_process(kind):
+    """Inputs, output and all that is allocated meanwhile are at most twice the inputs and the output."""
+    if kind == "numba":
+        need_numba()
+    report = in_process(MEMORY.replace("sys.argv[1]", repr(kind)))
+    grown = {line.split()[0]: float(line.split()[1]) for line in report.splitlines()}
+    assert set(grown) == {"selective_scan", "shared_scan", "ss2d"} and all(share <= 1 for share in grown.values()), grown
+
+
 RUN = """
 import sys, torch, vmeanba_fx
 from tests.ops import problems, test_cpu_kernels

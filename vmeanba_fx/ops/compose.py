@@ -1,6 +1,7 @@
 """The 2-D ops as compositions on any device: read the maps in scan order, scan, put the result back in place.
 
-Both work through the batch in blocks, so that the K copies of the map that the scan order needs stay small.
+All work through the batch in blocks, `ss2d` through the channels as well, so that the K copies of the map that the scan
+order needs stay small.
 """
 
 import torch
@@ -15,7 +16,7 @@ from .tiles import blocks
 _ops = torch.ops.vmeanba_fx
 
 # Elements of one tensor in scan order, (batch block, K, channels, L).
-_BUDGET = 1 << 21
+_BUDGET = 1 << 20
 
 
 def shared_scan2d(u, delta, A, B, C, delta_bias, directions, order, delta_softplus, merge, out_dtype=None):
@@ -74,15 +75,21 @@ def ss2d(x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplu
         cpu_jit.ss2d(x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplus, out)
         return out
     batch, channels, height, width = x.shape
-    dtype = compute_dtype(x)
+    K, length, dtype = feats.shape[1], height * width, compute_dtype(x)
     scan_order = ScanOrder(directions, order, height, width)
-    for now in _batch_blocks(batch, feats.shape[1] * channels * height * width):
-        scan_inputs, _ = _ss2d_inputs(x[now], feats[now], dt_weight, A, scan_order)
-        y = _ops.selective_scan.default(*scan_inputs, None, None, delta_bias, delta_softplus, dtype)
-        merged = _merged(scan_order, y.unflatten(1, (-1, channels)))
-        if D is not None:
-            merged = merged.addcmul(x[now].to(dtype), D.to(dtype)[:, None, None])
-        out[now] = merged
+    A, bias = A.unflatten(0, (K, channels)), None if delta_bias is None else delta_bias.unflatten(0, (K, channels))
+
+    def merged(now: slice, some: slice) -> Tensor:
+        """The result for some batch items and channels."""
+        scan_inputs, _ = _ss2d_inputs(x[now, some], feats[now], dt_weight[:, some], A[:, some].flatten(0, 1), scan_order)
+        shift = None if bias is None else bias[:, some].flatten()
+        y = _ops.selective_scan.default(*scan_inputs, None, None, shift, delta_softplus, dtype)
+        total = _merged(scan_order, y.unflatten(1, (K, -1)))
+        return total if D is None else total.addcmul_(x[now, some].to(dtype), D[some, None, None].to(dtype))
+
+    for now in _batch_blocks(batch, K * channels * length):
+        for some in blocks(channels, max(1, _BUDGET // (K * length))):
+            out[now, some] = merged(now, some)
     return out
 
 

@@ -5,6 +5,7 @@ PyTorch is set to use. Numba is imported, and a kernel compiled or read from its
 """
 
 import ctypes
+import mmap
 import os
 from array import array
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from .directions import direction_table, inverse_table
 
 # What the 2-D kernel reads and writes as it is.
 _READ = (torch.float32, torch.bfloat16)
+# Bytes of a huge page.
+_HUGE = 1 << 21
 # States that a thread should have to work on: handing it less costs more time than it saves.
 _LEAST_WORK = 1 << 15
 
@@ -49,7 +52,7 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtyp
     """See `ops.selective_scan`."""
     batch, channels, length = u.shape
     K, N = B.shape[1:3]
-    out = torch.empty(u.shape, dtype=torch.float32)
+    out = _output(*u.shape)
     u, delta, z, B, C = (_rows(x) for x in (u, delta, z, B, C))
     arguments = (
         K, channels // K, N, length, delta_softplus, u, *_strides(u, 2), delta, *_strides(delta, 2), _table(A), B,
@@ -65,7 +68,7 @@ def shared_scan(u, delta, A, B, C, delta_bias, delta_softplus, out_dtype) -> Ten
     """See `ops.shared_scan`."""
     batch, K, R, length = u.shape
     N = A.shape[1]
-    out = torch.empty(u.shape, dtype=torch.float32)
+    out = _output(*u.shape)
     u, delta, B, C = (_rows(x) for x in (u, delta, B, C))
     arguments = (
         K, R, N, length, delta_softplus, u, *_strides(u, 3), delta, *_strides(delta, 2), _table(A), B, *_strides(B, 3), C,
@@ -78,7 +81,7 @@ def shared_scan(u, delta, A, B, C, delta_bias, delta_softplus, out_dtype) -> Ten
 def linear_scan(a, b, C) -> Tensor:
     """See `ops.linear_scan`."""
     batch, K, R, N, length = b.shape
-    out = torch.empty(batch, K, R, length, dtype=torch.float32)
+    out = _output(batch, K, R, length)
     dtype = a.dtype
     a, b, C = (_rows(x) for x in (a, b, C))
     arguments = K, R, N, length, a, *_strides(a, 3), b, *_strides(b, 4), C, *_strides(C, 3), out
@@ -90,7 +93,7 @@ def shared_scan2d(u, delta, A, B, C, delta_bias, directions, order, delta_softpl
     """See `ops.shared_scan2d`."""
     batch, _, R, height, width = u.shape
     K, N, length = delta.shape[1], A.shape[1], height * width
-    out = torch.empty(batch, K, R, height, width)
+    out = _output(batch, K, R, height, width)
     u, delta, B, C = (x.float().flatten(-2) for x in (u, delta, B, C))
     u_strides = _strides(u.expand(-1, K, -1, -1), 4)
     arguments = (
@@ -117,6 +120,31 @@ def ss2d(x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplu
     _run(kernels.ss2d, batch * -(-channels // kernels.LANES), batch * K * channels * length * N, arguments)
     if not in_place:
         out.copy_(target)
+
+
+def _output(*shape: int) -> Tensor:
+    """An empty float32 tensor; a large one in huge pages where the system lends them on request.
+
+    The C library gives large memory back to the system and gets it anew, empty, at every call: then each page of 4 KB costs
+    a fault, and all together as much time as a scan with N = 1.
+    """
+    out = torch.empty(shape, dtype=torch.float32)
+    if out.numel() >= _HUGE // 2 and (advise := _madvise()) is not None:
+        begin = -(-out.data_ptr() // _HUGE) * _HUGE
+        end = (out.data_ptr() + 4 * out.numel()) // _HUGE * _HUGE
+        if begin < end:
+            advise(begin, end - begin, mmap.MADV_HUGEPAGE)
+    return out
+
+
+@cache
+def _madvise() -> Callable | None:
+    """The C library's function, on systems that know huge pages."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    return madvise
 
 
 def _is_by_position(maps: Tensor) -> bool:

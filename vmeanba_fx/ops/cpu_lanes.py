@@ -138,6 +138,18 @@ def _mask(b, count):
     return b.icmp_signed("<", _indices(range(LANES)), _splat(b, b.trunc(count, _i32)))
 
 
+def _load_part(b, address, count, kind, name):
+    """The first `count` of 16 numbers, then zeros."""
+    arguments = _at(b, address, kind), _i32(1), _mask(b, count), _constant(0, kind)
+    return _call(b, f"llvm.masked.load.{name}.p0", kind, *arguments)
+
+
+def _store_part(b, address, value, count, name):
+    """The first `count` of 16 numbers."""
+    arguments = value, _at(b, address, value.type), _i32(1), _mask(b, count)
+    _call(b, f"llvm.masked.store.{name}.p0", ir.VoidType(), *arguments)
+
+
 def _lower(build):
     def lower(context, builder, signature, values):
         result = build(builder, *values)
@@ -158,12 +170,13 @@ def load(context, address):
 @intrinsic
 def load_part(context, address, count):
     """The first `count` of 16 floats, then zeros."""
+    return lanes(types.int64, types.int64), _lower(lambda b, *values: _load_part(b, *values, _vector, "v16f32"))
 
-    def build(b, address, count):
-        arguments = _at(b, address, _vector), _i32(4), _mask(b, count), _constant(0.0)
-        return _call(b, "llvm.masked.load.v16f32.p0", _vector, *arguments)
 
-    return lanes(types.int64, types.int64), _lower(build)
+@intrinsic
+def load_half(context, address, count):
+    """The first `count` of 16 bfloat16, then zeros."""
+    return lanes(types.int64, types.int64), _lower(lambda b, *values: _widen(b, _load_part(b, *values, _halves, "v16i16")))
 
 
 @intrinsic
@@ -176,22 +189,7 @@ def store(context, address, value):
 
 @intrinsic
 def store_part(context, address, value, count):
-    def build(b, address, value, count):
-        arguments = value, _at(b, address, _vector), _i32(4), _mask(b, count)
-        _call(b, "llvm.masked.store.v16f32.p0", ir.VoidType(), *arguments)
-
-    return types.void(types.int64, lanes, types.int64), _lower(build)
-
-
-@intrinsic
-def load_half(context, address, count):
-    """The first `count` of 16 bfloat16, then zeros."""
-
-    def build(b, address, count):
-        arguments = _at(b, address, _halves), _i32(2), _mask(b, count), _constant(0, _halves)
-        return _widen(b, _call(b, "llvm.masked.load.v16i16.p0", _halves, *arguments))
-
-    return lanes(types.int64, types.int64), _lower(build)
+    return types.void(types.int64, lanes, types.int64), _lower(lambda b, *values: _store_part(b, *values, "v16f32"))
 
 
 @intrinsic
@@ -199,8 +197,7 @@ def store_half(context, address, value, count):
     """The first `count` of 16 floats as bfloat16."""
 
     def build(b, address, value, count):
-        arguments = _narrow(b, value), _at(b, address, _halves), _i32(2), _mask(b, count)
-        _call(b, "llvm.masked.store.v16i16.p0", ir.VoidType(), *arguments)
+        _store_part(b, address, _narrow(b, value), count, "v16i16")
 
     return types.void(types.int64, lanes, types.int64), _lower(build)
 
@@ -334,32 +331,6 @@ def scan16(context, a, h):
 def last(context, x):
     """The last lane in all lanes."""
     return lanes(lanes), _lower(lambda b, x: b.shuffle_vector(x, x, _indices([LANES - 1] * LANES)))
-
-
-@intrinsic
-def total(context, x):
-    """The sum of the lanes in all lanes."""
-
-    def build(b, x):
-        for steps in (8, 4, 2, 1):
-            x = b.fadd(x, b.shuffle_vector(x, x, _indices((i + steps) % LANES for i in range(LANES))))
-        return x
-
-    return lanes(lanes), _lower(build)
-
-
-@intrinsic
-def keep(context, x, count):
-    """The first `count` lanes, then zeros."""
-    return lanes(lanes, types.int64), _lower(lambda b, x, count: b.select(_mask(b, count), x, _constant(0.0)))
-
-
-@intrinsic
-def inverse_root(context, x):
-    def build(b, x):
-        return b.fdiv(_constant(1.0), _call(b, "llvm.sqrt.v16f32", _vector, x))
-
-    return lanes(lanes), _lower(build)
 
 
 @intrinsic
