@@ -95,12 +95,13 @@ def test_paper_scripts(scripts, tmp_path):
     scripts("pruning", *quick, "--tasks", "scan_v05_digits", "--variants", "mean")
     scripts("receptive_field", *quick, "--tasks", "scan_v05_digits")
     scripts("reductions", *quick, "--tasks", "scan_v05_digits")
+    scripts("frontier", *quick, "--tasks", "scan_v05_digits", "--reductions", "mean")
     text = {p.name: p.read_text(encoding="utf-8") for p in tmp_path.rglob("*.md")}
     assert set(text) == {f"{n}.md" for n in (
-        "curves_scan-dependent", "channel_statistics", "pruning", "receptive_field", "reductions"
+        "curves_scan-dependent", "channel_statistics", "pruning", "receptive_field", "reductions", "frontier"
     )}  # fmt: skip
     assert all("examples/paper/" in t and f"torch {torch.__version__}" in t for t in text.values())
-    plots = {"curves_scan-dependent.png", "channel_statistics.png", "receptive_field.png"}
+    plots = {"curves_scan-dependent.png", "channel_statistics.png", "receptive_field.png", "frontier.png"}
     assert {p.name for p in tmp_path.glob("*.png")} == plots
     # Without depthwise convolutions nothing but the scans carries information from patch to patch.
     lines = [line.split("|") for line in text["receptive_field.md"].splitlines() if line.startswith("| scan")]

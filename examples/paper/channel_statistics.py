@@ -127,7 +127,7 @@ def plot(plt, figures: dict[str, Tensor], path: Path) -> None:
         ax.axis("off")
     for (title, y), (left, right) in zip(figures.items(), axes.reshape(-1, 2)[: len(figures)], strict=True):
         for i, (image, colour) in enumerate(zip(y, ("tab:blue", "tab:orange", "tab:green"), strict=False)):
-            low, middle, high = image.quantile(torch.tensor([0.1, 0.5, 0.9]), dim=0)
+            low, middle, high = image.quantile(torch.tensor([0.1, 0.5, 0.9]), dim=0).numpy()
             left.fill_between(range(len(middle)), low, high, color=colour, alpha=0.25, lw=0)
             left.plot(middle, color=colour, lw=1, label=f"image {i + 1}")
             right.hist(image[:, -1].tolist(), bins=30, color=colour, alpha=0.5)

@@ -108,7 +108,7 @@ def plot(plt, kept: dict[str, dict[str, Tensor]], path: Path) -> None:
     for (name, fields), line in zip(kept.items(), axes, strict=True):
         top = float(fields["original"].max())
         for label, ax in zip(SHOWN, line, strict=True):
-            drawn = ax.imshow((fields[label] / top).clamp_min(1e-6).log10(), vmin=-5, vmax=0)
+            drawn = ax.imshow((fields[label] / top).clamp_min(1e-6).log10().numpy(), vmin=-5, vmax=0)
             ax.set_title(SHORT.get(label, label), fontsize=9)
             ax.set(xticks=[], yticks=[])
         line[0].set_ylabel(f"{TASKS[name].name}, stage {STAGES[name]}", fontsize=9)
