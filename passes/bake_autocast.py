@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from vmeanba_fx.errors import GraphCheckError
+from vmeanba_fx.errors import GraphCheckError, PassError
 from vmeanba_fx.evaluate import evaluate, is_parameter_only
 from vmeanba_fx.graph import Emitter, aten, graph_modules, refresh, remove_dead_code, value
 
@@ -55,11 +55,11 @@ def bake_autocast(gm: fx.GraphModule, dtype: torch.dtype = torch.float16) -> fx.
     """Rewrite ``gm`` in place and return it.
 
     Raises:
-        ValueError: ``dtype`` is not a 16-bit float.
+        PassError: ``dtype`` is not a 16-bit float.
         GraphCheckError: the graph holds regions with an autocast of their own.
     """
     if dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"dtype={dtype}: autocast runs in torch.float16 or torch.bfloat16")
+        raise PassError(f"dtype={dtype}: autocast runs in torch.float16 or torch.bfloat16")
     if len(list(graph_modules(gm))) > 1:
         raise GraphCheckError("the graph holds autocast or checkpoint regions of its own: run it under torch.autocast")
     casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}

@@ -14,7 +14,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from vmeanba_fx.errors import GraphCheckError
+from vmeanba_fx.errors import GraphCheckError, PassError
 from vmeanba_fx.graph import graph_modules
 
 log = logging.getLogger("vmeanba_fx.passes")
@@ -53,26 +53,26 @@ def run_passes(
     gm: fx.GraphModule,
     passes: Sequence[Pass],
     *,
-    skip: Iterable[str] = (),
+    skip: str | Iterable[str] = (),
     verify_args: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
     dump: str | Path | None = None,
 ) -> tuple[fx.GraphModule, list[PassRecord]]:
     """Run ``passes`` over ``gm`` in order.
 
     Args:
-        skip: names of passes to leave out.
+        skip: name or names of passes to leave out.
         verify_args: (args, kwargs) to run before and after every exact pass; the outputs must agree.
         dump: a folder that receives the readable graph after every pass (``01_mean_scan.py``, ...).
 
     Raises:
-        ValueError: ``skip`` names a pass that does not exist.
+        PassError: ``skip`` names a pass that does not exist.
         GraphCheckError: a pass left a malformed graph, or an exact pass changed the outputs; names the pass.
     """
-    skip = set(skip)
+    skip = {skip} if isinstance(skip, str) else set(skip)
     unknown = skip - {p.name for p in passes}
     if unknown:
         known = ", ".join(p.name for p in passes)
-        raise ValueError(f"no pass named {', '.join(sorted(unknown))} to skip; the passes are: {known}")
+        raise PassError(f"no pass named {', '.join(sorted(map(str, unknown)))} to skip; the passes are: {known}")
     records: list[PassRecord] = []
     expected = _outputs(gm, verify_args)
     for i, step in enumerate(p for p in passes if p.name not in skip):

@@ -25,7 +25,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import fx
 
-from vmeanba_fx.errors import SiteError
+from vmeanba_fx.errors import PassError, SiteError
 from vmeanba_fx.graph import SITE, Emitter, aten, remove_dead_code, scan_nodes, value
 
 Mean = Literal["direction", "all", "input"]
@@ -39,9 +39,9 @@ _ops = torch.ops.vmeanba_fx
 
 
 def check_mean(mean: str) -> None:
-    """Raise ``ValueError`` unless ``mean`` names a variant."""
+    """Raise ``PassError`` unless ``mean`` names a variant."""
     if mean not in get_args(Mean):
-        raise ValueError(f"mean={mean!r}: choose one of {', '.join(map(repr, get_args(Mean)))}")
+        raise PassError(f"mean={mean!r}: choose one of {', '.join(map(repr, get_args(Mean)))}")
 
 
 def mean_scan(gm: fx.GraphModule, sites: Iterable[str], *, mean: Mean = "direction") -> fx.GraphModule:

@@ -226,7 +226,7 @@ def test_onnx_of_what_it_cannot_hold(tmp_path):
 def test_missing_packages(tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxscript" else find_spec(name))
-    with pytest.raises(ExportError, match=r"needs onnxscript, which is not installed: pip install 'vmeanba-fx\[onnx\]'"):
+    with pytest.raises(ExportError, match=r"needs onnxscript, not installed here: pip install 'vmeanba-fx\[onnx\]'"):
         export(result("all"), None, tmp_path / "model.onnx", "onnx")
 
 

@@ -14,10 +14,11 @@ from torch.export import ExportedProgram
 
 from . import passes
 from .calibrate import calibrate
-from .graph import copy_graph
+from .capture import capture_info
+from .graph import REPORT, copy_graph
 from .passes import Pass, run_passes
 from .plan import Plan
-from .report import REPORT, attach_report
+from .report import attach_report
 
 __all__ = ["apply_plan", "bake_autocast", "pack_weights", "transform"]
 
@@ -73,8 +74,9 @@ def bake_autocast(gm: fx.GraphModule, dtype: torch.dtype = torch.float16) -> fx.
     residual stream stay in float32. Lossy as autocast is: outputs differ from autocast's by rounding only.
 
     Raises:
-        ValueError: ``dtype`` is not a 16-bit float.
+        PassError: ``dtype`` is not a 16-bit float.
         GraphCheckError: the model has autocast or checkpoint regions of its own.
+        CaptureError: ``gm`` is not a rewritten model.
     """
     return _one_more(gm, Pass("bake_autocast", partial(passes.bake_autocast, dtype=dtype), exact=False))
 
@@ -93,6 +95,7 @@ def pack_weights(gm: fx.GraphModule, batch: int = 1) -> fx.GraphModule:
 
 def _one_more(gm: fx.GraphModule, step: Pass) -> fx.GraphModule:
     """A copy of ``gm`` after one more pass, which its report then lists as well."""
+    capture_info(gm)  # raises where it is no graph of ours
     result, records = run_passes(copy_graph(gm), [step])
     if (found := result.meta.get(REPORT)) is not None:
         attach_report(result, replace(found, passes=(*found.passes, *records)))

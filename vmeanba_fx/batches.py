@@ -30,6 +30,8 @@ class Batches:
     ) -> None:
         if isinstance(loader, Tensor):
             raise CalibrationError("the loader is a tensor: wrap it in a list, [images], to make it one batch")
+        if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+            raise CalibrationError(f"the loader is a {type(loader).__name__}: give something that yields batches")
         self.seed = seed
         self.digests: list[bytes] = []
         self._loader, self._transform, self._limit = loader, transform_fn, limit

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,9 +82,11 @@ def capture_info(gm: fx.GraphModule) -> CaptureInfo:
     Raises:
         CaptureError: ``gm`` does not come from :func:`capture` or :func:`~vmeanba_fx.transform`.
     """
-    info = gm.meta.get(_META)
+    info = getattr(gm, "meta", {}).get(_META)
     if info is None:
-        raise CaptureError("this GraphModule was not made by vmeanba_fx.capture(); call capture(model, example) first")
+        raise CaptureError(
+            f"this {type(gm).__name__} was not made by vmeanba_fx.capture(): call capture(model, example_inputs) first"
+        )
     return info
 
 
@@ -110,14 +112,18 @@ def capture(
         A ``GraphModule`` on the model's device, in eval mode; :func:`capture_info` tells what is dynamic.
 
     Raises:
-        CaptureError: the model is on ``meta``, does not run on the example inputs, or cannot be exported.
+        CaptureError: it is no model, is on ``meta``, does not run on the example inputs, or cannot be exported.
     """
+    if isinstance(args, Mapping) or not isinstance(args, Iterable):
+        raise CaptureError(f"args is a {type(args).__name__}: give a tensor or a tuple of inputs, and kwargs= by name")
     args = (args,) if isinstance(args, Tensor) else tuple(args)
     kwargs = dict(kwargs or {})
     if isinstance(model, ExportedProgram):
         return _from_exported(model, args, kwargs)
     if is_captured(model):
         return copy_graph(model)
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(f"{model!r:.60} is no nn.Module, traced GraphModule or ExportedProgram")
     if "_orig_mod" in model._modules:  # what torch.compile(model) wraps
         model = model._modules["_orig_mod"]
     device = device_of(model)
@@ -301,7 +307,7 @@ def _export(
                 what = "cannot be exported"
                 program = torch.export.export(private, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
-            sizes = ", ".join(str(tuple(t.shape)) for t in pytree.tree_leaves(args) if isinstance(t, Tensor))
+            sizes = ", ".join(str(tuple(t.shape)) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
             message = f"{name} {what} ({sizes}): {type(error).__name__}: {_quoted(error)}"
             raise CaptureError("; ".join([message, *_hints(interception, found, stacks)])) from error
 

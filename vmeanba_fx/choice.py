@@ -6,6 +6,7 @@ import fnmatch
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from .errors import PlanError, SiteError
@@ -42,10 +43,11 @@ class Choice:
         if self.k is not None:
             by = self._group_by(plan)
             free, what = len(units_of(plan.sites, by, kept_out)), "sites" if by is None else f"{by}s"
-            if not isinstance(self.k, int) or isinstance(self.k, bool):
+            if not isinstance(self.k, Integral) or isinstance(self.k, bool):
                 raise SiteError(f"k={self.k!r}: give a whole number")
             if not 0 <= self.k <= free:
-                raise SiteError(f"k={self.k}: this model has {free} {what} to replace, so k can be 0 to {free}")
+                besides = " besides the excluded ones" if kept_out else ""
+                raise SiteError(f"k={self.k}: this model has {free} {what} to replace{besides}, so k can be 0 to {free}")
         if self.max_drop is not None and not (_finite(self.max_drop) and self.max_drop >= 0):
             raise SiteError(
                 f"max_drop={self.max_drop!r}: give a number of at least 0, in units of the metric {plan.metric!r}"
@@ -182,10 +184,12 @@ def match(sites: Sequence[Site], patterns: str | Sequence[str], what: str) -> se
     """Names of sites that equal a pattern or match it as a glob.
 
     Raises:
-        SiteError: a pattern matches nothing.
+        SiteError: a pattern matches nothing, or is no string.
     """
     found: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in [patterns] if isinstance(patterns, str) or not isinstance(patterns, Iterable) else patterns:
+        if not isinstance(pattern, str):
+            raise SiteError(f"{what}: {pattern!r} is neither the name of a site nor a glob")
         names = [s.name for s in sites if s.name == pattern or fnmatch.fnmatchcase(s.name, pattern)]
         if not names:
             raise SiteError(f"{what}: {pattern!r} matches no site; the sites are {', '.join(s.name for s in sites)}")

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
+import logging
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -47,9 +50,29 @@ def capturing() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """No warnings; and of a model that cannot be exported torch logs and prints the whole graph, where a sentence will do."""
+    torch_log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = torch_log.level
+    torch_log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(_OtherThreads(sys.stderr)):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch_log.setLevel(level)
+
+
+class _OtherThreads(io.TextIOBase):
+    """A stream that passes on what other threads than this one write."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.thread = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self.thread else self.stream.write(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
 
 
 @contextlib.contextmanager

@@ -46,11 +46,6 @@ class CrossScan:
     def length(self) -> int:
         return self.height * self.width
 
-    def to_channel_first(self, x: Tensor) -> Tensor:
-        """A value of the source as (B, D, L)."""
-        flat = x.reshape(x.shape[0], -1, self.channels) if self.last else x.reshape(x.shape[0], self.channels, -1)
-        return flat.transpose(1, 2) if self.last else flat
-
     def to_source(self, x: Tensor) -> Tensor:
         """(B, D, L) in the shape of the source."""
         shape = (x.shape[0], *shape_of(self.source, x.shape[0])[1:])

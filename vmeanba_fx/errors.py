@@ -31,5 +31,9 @@ class GraphCheckError(VMeanbaError, RuntimeError):
     """A pass left a graph that is not well formed, or that no longer computes the same."""
 
 
+class PassError(VMeanbaError, ValueError):
+    """A graph pass was given an option it does not have."""
+
+
 class ExportError(VMeanbaError, RuntimeError):
     """A model cannot be written in the format asked for, or a file cannot be loaded; nothing was left behind."""

@@ -28,7 +28,7 @@ from .confinement import one_at_a_time
 from .copies import device_of
 from .errors import ExportError, PlanError, VMeanbaError
 from .export_formats import FORMS, write_aoti, write_onnx, write_pt2
-from .files import parse_json
+from .files import parse_json, unwritable
 from .graph import copy_graph, graph_modules
 from .ops.chunked import Form
 from .ops.decompositions import decompose
@@ -177,25 +177,15 @@ def check_target(path: str | os.PathLike[str], format: str) -> None:
     missing = [name for name in _PACKAGES.get(format, ()) if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(
-            f"the format {format} needs {', '.join(missing)}, which is not installed: pip install 'vmeanba-fx[{format}]'"
+            f"the format {format} needs {', '.join(missing)}, not installed here: pip install 'vmeanba-fx[{format}]'"
         )
     target = Path(path)
-    require_writable(target)
+    if reason := unwritable(target):
+        raise ExportError(reason)
     if target.suffix != _SUFFIX[format]:
         other = ", ".join(f for f, suffix in _SUFFIX.items() if suffix == target.suffix)
         hint = f" (the format of {target.suffix} is {other})" if other else ""
         raise ExportError(f"{target}: the name of a file of format {format} ends in {_SUFFIX[format]}{hint}")
-
-
-def require_writable(target: Path) -> None:
-    """Raise :class:`ExportError` unless a file can be made at ``target``."""
-    folder = target.resolve().parent
-    if not folder.is_dir():
-        raise ExportError(f"cannot write {target}: there is no folder {folder}")
-    if target.is_dir():
-        raise ExportError(f"cannot write {target}: that is a folder")
-    if not os.access(folder, os.W_OK):
-        raise ExportError(f"cannot write {target}: the folder {folder} is not writable")
 
 
 @contextlib.contextmanager

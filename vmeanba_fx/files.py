@@ -52,6 +52,16 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a number")
 
 
+def unwritable(target: Path) -> str | None:
+    """Why no file can be made at ``target``; None where one can."""
+    folder = target.resolve().parent
+    if not folder.is_dir():
+        return f"cannot write {target}: there is no folder {folder}"
+    if target.is_dir():
+        return f"cannot write {target}: that is a folder"
+    return None if os.access(folder, os.W_OK) else f"cannot write {target}: the folder {folder} is not writable"
+
+
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write ``text`` beside ``path`` and move it there: the old file stays whole until the new one is.
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from .batches import Batches
 from .errors import CalibrationError
 from .gates import Gated
-from .metrics import Batch, logits_of, values_of
+from .metrics import Batch, class_scores, values_of
 from .resume import Saved
 from .scoring import Run, Runner, require_numbers, whole_pass
 from .tally import Tally
@@ -71,7 +71,7 @@ class Estimator:
         def forward(gates: Tensor) -> tuple[Tensor, Tensor]:
             outputs = self.gated(gates, batch)
             values, _ = values_of(metric, outputs, batch, run.outputs)
-            return values, logits_of(outputs).double() if curved else values
+            return values, class_scores(outputs) if curved else values
 
         gates = torch.zeros(images, len(self.left), device=self.runner.executor.device)
         (values, logits), pull = torch.func.vjp(forward, gates)

@@ -21,6 +21,8 @@ SCAN = (torch.ops.vmeanba_fx.selective_scan, torch.ops.vmeanba_fx.selective_scan
 LAST_STATE = (torch.ops.vmeanba_fx.last_state, torch.ops.vmeanba_fx.last_state.default)
 SITE = "vmeanba_fx.site"
 MADE_BY = "vmeanba_fx.pass"
+REPORT = "vmeanba_fx.report"
+"""``gm.meta`` key of a rewritten graph: its report."""
 NOT_FUSED = "vmeanba_fx.not_fused"
 """``node.meta`` key: the sentence why an exact pass left this node's site on the scanned copies of its map."""
 

@@ -75,6 +75,8 @@ def unpack(raw: Any, transform_fn: Callable[[Any], Any] | None = None) -> Batch:
     Raises:
         CalibrationError: none of these.
     """
+    if transform_fn is not None and not callable(transform_fn):
+        raise CalibrationError(f"transform_fn must be a callable that maps a batch, not {type(transform_fn).__name__}")
     given = raw if transform_fn is None else transform_fn(raw)
     if isinstance(given, Batch):
         return Batch(given.args, given.kwargs, given.labels, raw)
@@ -90,10 +92,12 @@ def unpack(raw: Any, transform_fn: Callable[[Any], Any] | None = None) -> Batch:
             return Batch((given[0],), labels=labels, raw=raw)
         if isinstance(given[0], Mapping):
             return Batch((), dict(given[0]), labels, raw)
+    kind = type(given).__name__
+    if isinstance(given, (tuple, list)):
+        kind += f" of {', '.join(type(item).__name__ for item in given[:4])}{', ...' if len(given) > 4 else ''}"
     raise CalibrationError(
-        f"cannot tell inputs from labels in a batch of type {type(given).__name__}"
-        f"{f' of length {len(given)}' if isinstance(given, (tuple, list)) else ''}: "
-        "pass transform_fn=lambda batch: (inputs, labels)"
+        f"cannot tell inputs from labels in a batch that is a {kind}: give tensors, or "
+        "transform_fn=lambda batch: (inputs, labels)"
     )
 
 
@@ -114,36 +118,59 @@ def logits_of(outputs: Any) -> Tensor:
     )
 
 
+def class_scores(outputs: Any) -> Tensor:
+    """The class scores (B, classes, ...) among a model's outputs, float64.
+
+    Raises:
+        CalibrationError: the model does not return class scores.
+    """
+    scores = logits_of(outputs)
+    if not scores.is_floating_point() or scores.dim() < 2 or scores.shape[1] < 2:
+        raise CalibrationError(
+            f"the model returns {scores.dtype} of shape {tuple(scores.shape)}, not class scores (batch, classes, ...) of two "
+            "classes or more: pass metric=callable(outputs, batch)"
+        )
+    return scores.double()
+
+
 def per_sample(values: Tensor) -> Tensor:
     """Mean over every dimension but the first, in float64."""
     return values.double().flatten(1).mean(1) if values.dim() > 1 else values.double()
 
 
-def _class_labels(logits: Tensor, batch: Batch) -> Tensor:
-    """Labels that fit the scores (B, classes, ...); a comparison of other shapes would broadcast to nonsense."""
-    expected = (*logits.shape[:1], *logits.shape[2:])
-    if not isinstance(batch.labels, Tensor) or tuple(batch.labels.shape) != expected:
-        got = tuple(batch.labels.shape) if isinstance(batch.labels, Tensor) else f"a {type(batch.labels).__name__}"
+def _class_numbers(scores: Tensor, labels: Any) -> Tensor:
+    """Labels that fit the scores (B, classes, ...); a comparison of other shapes or kinds would give nonsense."""
+    expected, classes = (*scores.shape[:1], *scores.shape[2:]), scores.shape[1]
+    whole = isinstance(labels, Tensor) and not labels.is_floating_point() and not labels.is_complex()
+    if not whole or tuple(labels.shape) != expected:
+        got = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
         raise CalibrationError(
-            f"labels must be a tensor of shape {expected} for class scores of shape {tuple(logits.shape)}, got {got}: "
-            "pass transform_fn, or a metric of your own"
+            f"labels must be class numbers, a tensor of whole numbers of shape {expected} for class scores of shape "
+            f"{tuple(scores.shape)}, got {got}: pass transform_fn, or a metric of your own"
         )
-    return batch.labels
+    labels = labels.long()
+    low, high = (int(edge) for edge in labels.aminmax())
+    if low < 0 or high >= classes:
+        raise CalibrationError(
+            f"labels lie between {low} and {high}, but the model has the classes 0 to {classes - 1}: pass transform_fn, or a "
+            "metric of your own where some are to be ignored"
+        )
+    return labels
 
 
 def _accuracy(outputs: Any, batch: Batch, _: Any) -> Tensor:
-    logits = logits_of(outputs)
-    return per_sample((logits.argmax(1) == _class_labels(logits, batch)).to(torch.float64))
+    scores = class_scores(outputs)
+    return per_sample(scores.argmax(1) == _class_numbers(scores, batch.labels))
 
 
 def _loss(outputs: Any, batch: Batch, _: Any) -> Tensor:
-    logits = logits_of(outputs).double()
-    return per_sample(F.cross_entropy(logits, _class_labels(logits, batch), reduction="none"))
+    scores = class_scores(outputs)
+    return per_sample(F.cross_entropy(scores, _class_numbers(scores, batch.labels), reduction="none"))
 
 
 def kl(outputs: Any, base: Any) -> Tensor:
     """KL(original || rewritten) of the class distributions, one value per sample; no labels needed."""
-    new, old = F.log_softmax(logits_of(outputs).double(), 1), F.log_softmax(logits_of(base).double(), 1)
+    new, old = F.log_softmax(class_scores(outputs), 1), F.log_softmax(class_scores(base), 1)
     return per_sample((old.exp() * (old - new)).sum(1))
 
 
@@ -203,15 +230,12 @@ def values_of(metric: Metric, outputs: Any, batch: Batch, base: Any) -> tuple[Te
     Values that are not finite are passed on, for the caller to name the site.
     """
     values = metric.compute(outputs, batch, base)
-    if not isinstance(values, Tensor) or not values.is_floating_point() or values.dim() > 1:
-        got = (
-            f"a tensor of shape {tuple(values.shape)}, {values.dtype}"
-            if isinstance(values, Tensor)
-            else type(values).__name__
-        )
+    fits = isinstance(values, Tensor) and values.is_floating_point() and tuple(values.shape) in ((), (batch.size,))
+    if not fits:
+        got = type(values).__name__
+        if isinstance(values, Tensor):
+            got = f"a tensor of shape {tuple(values.shape)}, {values.dtype}, for {batch.size} samples"
         raise CalibrationError(
             f"metric {metric.name!r} must return a float tensor, one value or one per sample; got {got}"
         )
-    if values.dim() == 0:
-        return values.double().reshape(1), batch.size
-    return values.double(), 1
+    return (values.double().reshape(1), batch.size) if values.dim() == 0 else (values.double(), 1)

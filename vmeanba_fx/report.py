@@ -10,7 +10,7 @@ from tabulate import tabulate
 from torch import fx
 
 from .errors import VMeanbaError
-from .graph import NOT_FUSED, SITE, graph_modules
+from .graph import NOT_FUSED, REPORT, SITE, graph_modules
 from .passes.manager import PassRecord
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Report", "report"]
 
-REPORT = "vmeanba_fx.report"
 _PLAN = "vmeanba_fx.plan"
 
 
@@ -89,10 +88,10 @@ class Report:
 
     def __str__(self) -> str:
         total = len(self.chosen)
+        kind = f"{total} site{'s' if total != 1 else ''} replaced (lossy, {self.how})" if total else "no site replaced"
         lines = [
             self.table,
-            f"{total} site{'s' if total != 1 else ''} replaced (lossy, {self.how}); "
-            f"scan FLOPs {self.flops_before:,} -> {self.flops_after:,} per image",
+            f"{kind}; scan FLOPs {self.flops_before:,} -> {self.flops_after:,} per image",
             *([] if self.speed is None else [str(self.speed)]),
             *([self.judged] if self.judged else []),
             *map(str, self.passes),
@@ -162,9 +161,11 @@ def report(gm: fx.GraphModule) -> Report:
     Raises:
         VMeanbaError: ``gm`` was not made by :func:`vmeanba_fx.transform` or :meth:`Plan.apply`.
     """
-    found = gm.meta.get(REPORT)
+    found = getattr(gm, "meta", {}).get(REPORT)
     if not isinstance(found, Report):
-        raise VMeanbaError("this GraphModule carries no report: it was not made by vmeanba_fx.transform or Plan.apply")
+        raise VMeanbaError(
+            f"this {type(gm).__name__} carries no report: it was not made by vmeanba_fx.transform or Plan.apply"
+        )
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import PlanError
-from .files import read_json, write_atomically
+from .files import read_json, unwritable, write_atomically
 from .fingerprint import Fingerprint
 
 _VERSION = 2
@@ -20,14 +20,18 @@ class Saved:
     """Sections of a state file, or of nothing where ``path`` is None.
 
     Raises:
-        PlanError: the file is damaged, or of another model, option or seed.
+        PlanError: the file cannot be written, is damaged, or of another model, option or seed.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, fingerprint: Fingerprint) -> None:
         self.path = path
         self._head = {"format": "vmeanba_fx.calibration", "version": _VERSION, "fingerprint": fingerprint.to_dict()}
         self._sections: dict[str, Any] = {}
-        if path is None or not Path(path).exists():
+        if path is None:
+            return
+        if reason := unwritable(Path(path)):
+            raise PlanError(reason)
+        if not Path(path).exists():
             return
         state = read_json(path, "calibration state")
         if not isinstance(state.get("sections"), dict) or state.get("version") != _VERSION:

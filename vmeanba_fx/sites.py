@@ -12,7 +12,7 @@ from .capture import capture_info
 from .confinement import one_at_a_time
 from .errors import NoSitesError, SiteError
 from .execute import Executor
-from .graph import LAST_STATE, SITE, aten, scan_nodes
+from .graph import LAST_STATE, REPORT, SITE, aten, scan_nodes
 from .regions import concrete_shape, is_annihilated
 
 __all__ = ["Site", "SiteList", "find_sites"]
@@ -118,6 +118,8 @@ def find_sites(gm: fx.GraphModule, *, probe: bool = True) -> SiteList:
             continue
         inside = "" if owner is gm else "it lies inside an autocast or checkpoint region"
         sites.append(_describe(name, node, inside))
+    if not sites and REPORT in gm.meta:
+        raise NoSitesError("this model was rewritten already: transform the original one")
     if not sites:
         detail = "; ".join(f"{name}: {why}" for name, why in refused)
         hint = f". This looks like one: {'; '.join(info.lookalikes)}" if info.lookalikes else ""

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from .. import models
 from ..data import FashionMNIST, load_digits_images, make_loader
 from ..errors import VMeanbaError
 from ..models import load_checkpoint
@@ -92,7 +93,11 @@ class ModelSpec:
         try:
             found = attrgetter(self.factory)(module)
         except AttributeError:
-            raise CommandError(f"--model: {self.module} has no {self.factory!r}") from None
+            hint = ""
+            if module is models:
+                names = ", ".join(name for name in models.__all__ if name.startswith(("vmamba_", "vanilla_")))
+                hint = f", only {names}; name a model of your own as path/to/file.py:FACTORY or MODULE:FACTORY"
+            raise CommandError(f"--model: {self.module} has no {self.factory!r}{hint}") from None
         if isinstance(found, nn.Module) and not (self.args or self.kwargs):
             return found
         if not callable(found):

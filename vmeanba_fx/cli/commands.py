@@ -11,7 +11,8 @@ from torch import nn
 
 from ..calibrate import calibrate
 from ..capture import capture
-from ..export import check_target, export, require_writable
+from ..export import check_target, export
+from ..files import unwritable
 from ..plan import Plan
 from ..report import report
 from ..sites import Site, find_sites
@@ -44,7 +45,8 @@ def _describe(site: Site) -> dict[str, Any]:
 
 def score(args: argparse.Namespace) -> Outcome:
     """Calibrate and write the plan."""
-    require_writable(Path(args.out))
+    if reason := unwritable(Path(args.out)):
+        raise CommandError(reason)
     model = build_model(args.model, args.weights, seed=args.seed, device=args.device)
     plan = _calibrate(args, model, resume=args.resume, held_out=not args.no_held_out)
     plan.save(args.out)
@@ -65,10 +67,15 @@ def apply(args: argparse.Namespace) -> Outcome:
     choice = {name: getattr(args, name) for name in (*names, "exclude", "group_by")}
     if all(choice[name] is None for name in names):
         choice["k"] = 0
+    if args.plan is None and args.calibration is not None:
+        raise CommandError("--calibration goes with --plan: without a plan, --data is what everything is fitted to")
     refit = {None: False, "sites": True, "all": "all"}[args.refit]
     if args.plan is not None:
         _refuse_scoring_options(args)
         plan = Plan.load(args.plan)
+        if args.calibration is None and (refit or plan.reduction.kind == "rank") and choice["k"] != 0:
+            what = "--refit" if refit else "a plan of rank-r scans"
+            raise CommandError(f"{what} needs the calibration data, which a plan file does not hold: --calibration DATA")
         loader = None if args.calibration is None else _loader(args, args.calibration, model)
         gm = plan.apply(model=model, calib_loader=loader, refit=refit, **choice)
     else:

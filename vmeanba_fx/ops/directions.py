@@ -118,13 +118,3 @@ def _table(directions: tuple[int, ...], height: int, width: int) -> Tensor:
             row = positions.reshape(-1)
             rows.append(row.flip(0) if code & 2 else row)
         return torch.stack(rows)
-
-
-@lru_cache(maxsize=256)
-def _inverse(directions: tuple[int, ...], height: int, width: int) -> Tensor:
-    return inverse_table(_table(directions, height, width))
-
-
-def inverse_direction_table(directions: list[int] | tuple[int, ...], height: int, width: int) -> Tensor:
-    """`inverse_table(direction_table(...))`, cached: the step at which each direction reads each position."""
-    return _inverse(tuple(int(code) for code in directions), int(height), int(width))
