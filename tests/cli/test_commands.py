@@ -117,7 +117,8 @@ def test_rank_r_scans_and_refits(capsys, tmp_path, spec, data, images):
     plan, out = tmp_path / "plan.json", tmp_path / "model.pt2"
     run(capsys, "score", "--model", spec, "--data", data, "--out", plan, "--reduce", "rank", "--rank", "2")
     argv = ["apply", "--model", spec, "--plan", plan, "-k", 2, "--out", out, "--refit", "sites"]
-    assert "calib_loader" in refused(capsys, *argv)
+    assert "--calibration DATA" in refused(capsys, *argv)
+    assert "a plan of rank-r scans needs" in refused(capsys, *argv[:-2])
     code, text, err = run(capsys, *argv, "--calibration", data)
     assert code == 0, err
     assert "2 sites replaced (lossy, rank 2)" in text and "refitted" in text

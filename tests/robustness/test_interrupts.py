@@ -11,125 +11,18 @@ import pytest
 
 import vmeanba_fx
 from tests import zoo
+from tests.robustness.disks import watched
 from vmeanba_fx import Plan, calibrate, files
 
 ROOT = Path(__file__).resolve().parents[2]
 MOMENTS = 20
-
-# Runs in a process of its own that has one thread and forks: a child calibrates and is killed, another goes on.
-WORKER = """
-import os, random, signal, sys, time
-import torch
-torch.set_num_threads(1)
-import vmeanba_fx
-from tests import zoo
-from vmeanba_fx import files
-
-folder, moments = sys.argv[1], int(sys.argv[2])
-model = vmeanba_fx.capture(zoo.live(3, directions=1, state=1), zoo.images(2))
-loader = zoo.labelled(6, 3)
-state, out = f"{folder}/state.json", f"{folder}/plan.json"
-
-
-def work():
-    vmeanba_fx.calibrate(model, loader, metric="loss", resume=state).save(out)
-
-
-def child(prepare=lambda: None):
-    pid = os.fork()
-    if pid == 0:
-        try:
-            prepare()
-            work()
-            os._exit(0)
-        except BaseException as error:
-            print("child failed:", repr(error), flush=True)
-            os._exit(1)
-    return pid
-
-
-def finish(pid):
-    return os.waitpid(pid, 0)[1]
-
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def at_event(count, half):
-    # Die at the count-th write or rename: before it, or with half of the text written.
-    left = [count]
-    replace, fdopen = os.replace, os.fdopen
-
-    def dying_replace(*args):
-        left[0] -= 1
-        if left[0] == 0:
-            if half:
-                replace(*args)
-            die()
-        return replace(*args)
-
-    class File:
-        def __init__(self, file):
-            self.file = file
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *args):
-            self.file.close()
-
-        def write(self, text):
-            left[0] -= 1
-            if left[0] == 0:
-                if half:
-                    self.file.write(text[: len(text) // 2])
-                    self.file.flush()
-                die()
-            return self.file.write(text)
-
-    def prepare():
-        files.os.replace = dying_replace
-        files.os.fdopen = lambda *args, **kwargs: File(fdopen(*args, **kwargs))
-
-    return prepare
-
-
-def clear():
-    for name in os.listdir(folder):
-        os.unlink(f"{folder}/{name}")
-
-
-start = time.perf_counter()
-assert finish(child()) == 0
-whole = time.perf_counter() - start
-expected = open(out, "rb").read()
-generator = random.Random(7)
-killed = 0
-for moment in range(moments):
-    clear()
-    if moment % 2:
-        pid = child(at_event(generator.randint(1, 14), generator.random() < 0.5))
-    else:
-        pid = child()
-        time.sleep(generator.uniform(0.02, 0.95) * whole)
-        os.kill(pid, signal.SIGKILL)
-    status = finish(pid)
-    killed += os.WIFSIGNALED(status)
-    seen = os.path.exists(state)
-    assert finish(child()) == 0, "the run that resumes failed"
-    found = open(out, "rb").read()
-    print(moment, "killed" if os.WIFSIGNALED(status) else "was faster", "with a state" if seen else "without one", flush=True)
-    assert found == expected, f"moment {moment}: another plan"
-print("killed", killed)
-"""
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_random_moments(tmp_path):
     """Half of the kills come from outside at a random time, half are in the middle of a write or a rename."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
-    argv = [sys.executable, "-c", WORKER, str(tmp_path), str(MOMENTS)]
+    argv = [sys.executable, "-m", "tests.robustness.killed", str(tmp_path), str(MOMENTS)]
     said = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=600)
     assert said.returncode == 0, said.stdout + said.stderr[-2000:]
     killed = int(said.stdout.split("killed")[-1])
@@ -145,25 +38,14 @@ def captured():
     return vmeanba_fx.capture(zoo.live(1, directions=1, state=1), zoo.images(2))
 
 
-def full(path, monkeypatch, number, after=100):
-    """A disk that takes ``after`` characters of any file in the folder of ``path`` and then fails."""
-    fdopen = os.fdopen
+def fill(monkeypatch, number, after=100):
+    """Make the disk take ``after`` characters of any file and then fail."""
 
-    class File:
-        def __init__(self, file):
-            self.file = file
+    def write(file, text):
+        file.write(text[:after])
+        raise OSError(number, os.strerror(number))
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *args):
-            self.file.close()
-
-        def write(self, text):
-            self.file.write(text[:after])
-            raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(files.os, "fdopen", lambda *args, **kwargs: File(fdopen(*args, **kwargs)))
+    monkeypatch.setattr(files.os, "fdopen", watched(os.fdopen, write))
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
@@ -172,7 +54,7 @@ def test_a_full_disk(captured, tmp_path, monkeypatch, number):
     plan = calibrate(captured, loader[:1], metric="loss", resume=tmp_path / "state.json")
     plan.save(tmp_path / "plan.json")
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    full(tmp_path, monkeypatch, number)
+    fill(monkeypatch, number)
     for run in (
         lambda: plan.save(tmp_path / "plan.json"),
         lambda: calibrate(captured, loader, metric="loss", resume=tmp_path / "state.json"),
