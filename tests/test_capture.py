@@ -198,6 +198,36 @@ def test_the_callers_model_is_not_touched():
     assert agrees(gm, fresh, zoo.images(3))
 
 
+class KeepsFeatures(zoo.TinyNet):
+    """Holds on to a tensor with a history, as models do that show their features or their loss."""
+
+    def forward(self, x):
+        self.kept = {"features": [self.features(x)]}
+        return self.head(self.kept["features"][0])
+
+
+def test_results_of_the_last_forward_are_no_obstacle():
+    model = as_class(KeepsFeatures, zoo.tiny(1))
+    model(zoo.images())
+    kept = model.kept["features"][0]
+    assert kept.grad_fn is not None
+    assert agrees(capture(model, zoo.images(3)), zoo.tiny(1), zoo.images(5))
+    assert model.kept["features"][0] is kept
+
+
+class Noisy(zoo.TinyNet):
+    """Draws random numbers also in evaluation, as routing by a Gumbel softmax does."""
+
+    def forward(self, x):
+        return super().forward(x + 0 * torch.rand_like(x))
+
+
+def test_random_models_are_noted(captured):
+    (note,) = capture_info(capture(as_class(Noisy, zoo.tiny(1)), zoo.images(2))).notes
+    assert "draws random numbers (aten.rand_like.default)" in note
+    assert not capture_info(captured[1]).notes
+
+
 def test_capture_of_a_capture_is_a_copy(captured):
     model, gm = captured
     again = capture(gm, zoo.images(3))
@@ -248,6 +278,19 @@ def test_inputs_that_do_not_fit():
         capture(model, ())
     with pytest.raises(CaptureError, match="batch size 0"):
         capture(model, torch.randn(0, 3, 12, 20))
+
+
+def test_outputs_of_an_unknown_type_are_named_with_a_remedy():
+    class Answer:
+        def __init__(self, logits):
+            self.logits = logits
+
+    class Answers(zoo.TinyNet):
+        def forward(self, x):
+            return Answer(super().forward(x))
+
+    with pytest.raises(CaptureError, match=r"Answer.*not a known type.*register_dataclass.*use_cache = False"):
+        capture(as_class(Answers, zoo.tiny(1)), zoo.images())
 
 
 class Branches(nn.Module):

@@ -136,6 +136,8 @@ def capture(
             trace.notes.append(f"the model specialises its batch size: the graph runs for batch {batch} only")
         gm = _functional(trace)
     _release_trace(gm)
+    if drawn := sorted({str(n.target) for owner in graph_modules(gm) for n in owner.graph.nodes if _is_random(n)}):
+        trace.notes.append(f"the model draws random numbers ({', '.join(drawn)}): no two runs, nor scores, are the same")
     info = CaptureInfo(
         trace.args, trace.kwargs, _dynamic_dims(gm), tuple(trace.refused), tuple(trace.lookalikes), tuple(trace.notes)
     )
@@ -202,6 +204,11 @@ def _functional(trace: _Trace) -> fx.GraphModule:
     except Exception as error:  # whatever torch raises for a graph it cannot retrace
         log.info("in-place operators stay in the graph (%s)", error)
         return gm
+
+
+def _is_random(node: fx.Node) -> bool:
+    drops = any(name in str(node.target) for name in ("dropout", "rrelu"))  # inert in eval mode
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not drops
 
 
 def _plain(gm: fx.GraphModule) -> fx.GraphModule:
@@ -309,7 +316,7 @@ def _export(
         except Exception as error:
             sizes = ", ".join(str(tuple(t.shape)) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
             message = f"{name} {what} ({sizes}): {type(error).__name__}: {_quoted(error)}"
-            raise CaptureError("; ".join([message, *_hints(interception, found, stacks)])) from error
+            raise CaptureError("; ".join([message, *_hints(message, interception, found, stacks)])) from error
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with intercept(private, _emit, lambda: ""), on_the_cpu():
@@ -329,8 +336,13 @@ def _quoted(error: Exception) -> str:
     return " ".join(str(error).strip().splitlines()[:3])[:_MESSAGE]
 
 
-def _hints(interception: Interception, found: Discovery, stacks: list[tuple[str, ...]]) -> list[str]:
+def _hints(message: str, interception: Interception, found: Discovery, stacks: list[tuple[str, ...]]) -> list[str]:
     """What to try where a model cannot be captured. ``stacks``: the modules around each scan, outermost first."""
+    if "in output, which is not a known type" in message:
+        return [
+            "make the type known with torch.export.register_dataclass, or have the model not return it (a cache of "
+            "Hugging Face: model.config.use_cache = False)"
+        ]
     hints = [f"{where or 'the model'} has a scan that is refused: {why}" for where, why in interception.refused[:1]]
     if found.lookalikes:
         likely = "; ".join(sorted(found.lookalikes))

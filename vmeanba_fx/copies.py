@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from .errors import CaptureError
 from .graph import fake_mode
@@ -29,6 +30,16 @@ def device_of(model: nn.Module) -> torch.device:
     return next(iter(devices), torch.device("cpu"))
 
 
+class _CopiesResults(TorchFunctionMode):
+    """Lets ``deepcopy`` copy what a module kept of its last forward: tensors with a history, as values."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            return memo.setdefault(id(tensor), tensor.detach().clone())
+        return func(*args, **(kwargs or {}))
+
+
 def private_copy(model: nn.Module) -> nn.Module:
     """A copy of ``model`` on the CPU in eval mode that shares nothing with it.
 
@@ -37,7 +48,8 @@ def private_copy(model: nn.Module) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     try:
-        private = copy.deepcopy(model, memo).cpu().eval()
+        with _CopiesResults():
+            private = copy.deepcopy(model, memo).cpu().eval()
         _rebind_closures(private, memo)
         return private
     except Exception as error:
