@@ -46,6 +46,13 @@ def test_fitted_models_agree_with_the_cpu(plans, refit):
     assert (found - expected).norm() < 2e-2 * expected.norm()
 
 
+def test_fits_to_the_outputs_agree_with_the_cpu():
+    options = OPTIONS | {"reduce": "rank", "rank": 2, "fit": "outputs", "held_out": False}
+    models = vmamba_digits(pretrained=True), vmamba_digits(pretrained=True).cuda()
+    cpu, cuda = (vmeanba_fx.calibrate(model, loader("cpu"), **options).fits for model in models)
+    assert [f.energy for f in cuda.values()] == pytest.approx([f.energy for f in cpu.values()], abs=1e-3)
+
+
 def test_batches_may_lie_on_the_device():
     model = vmamba_digits(pretrained=True).cuda()
     here, there = (vmeanba_fx.calibrate(model, loader(device), **OPTIONS, score="gradient") for device in ("cpu", "cuda"))
