@@ -96,9 +96,11 @@ def test_paper_scripts(scripts, tmp_path):
     scripts("receptive_field", *quick, "--tasks", "scan_v05_digits")
     scripts("reductions", *quick, "--tasks", "scan_v05_digits")
     scripts("frontier", *quick, "--tasks", "scan_v05_digits", "--reductions", "mean")
+    scripts("gradient_scores", *quick, "--tasks", "scan_v05_digits")
     text = {p.name: p.read_text(encoding="utf-8") for p in tmp_path.rglob("*.md")}
     assert set(text) == {f"{n}.md" for n in (
-        "curves_scan-dependent", "channel_statistics", "pruning", "receptive_field", "reductions", "frontier"
+        "curves_scan-dependent", "channel_statistics", "pruning", "receptive_field", "reductions", "frontier",
+        "gradient_scores",
     )}  # fmt: skip
     assert all("examples/paper/" in t and f"torch {torch.__version__}" in t for t in text.values())
     plots = {"curves_scan-dependent.png", "channel_statistics.png", "receptive_field.png", "frontier.png"}
