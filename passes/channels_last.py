@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, fx
 
 from vmeanba_fx.evaluate import attribute
-from vmeanba_fx.graph import Emitter, aten, remove_dead_code, value
+from vmeanba_fx.graph import Emitter, arguments, aten, remove_dead_code, value
 
 from .cleanup import cleanup
 
@@ -58,8 +58,7 @@ def channels_last(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _is_pointwise(conv: fx.Node) -> bool:
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    a = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1} | dict(zip(names, conv.args, strict=False))
+    a = arguments(conv)
     kernel = tuple(value(a["weight"]).shape[2:])
     plain = list(a["stride"]) == [1, 1] and list(a["padding"]) == [0, 0] and a["groups"] == 1
     return kernel == (1, 1) and plain and value(a["input"]).dim() == 4

@@ -28,13 +28,12 @@ from torch import Tensor, fx
 
 from vmeanba_fx.cross_scan import CrossScan, Merge, find_cross_scan, find_merge, find_pointwise, find_read_out
 from vmeanba_fx.evaluate import Unprovable, evaluate, fuse_each, is_parameter_only
-from vmeanba_fx.graph import SITE, Emitter, aten, calls_of, value
+from vmeanba_fx.graph import SITE, Emitter, arguments, aten, calls_of, value
 
 from .fuse_ss2d import channel_first, follow_weights, make_buffer, restore_shape
 
 NAME = "fuse_shared"
 _SHARED = torch.ops.vmeanba_fx.shared_scan.default
-_NAMES = ("u", "delta", "A", "B", "C", "delta_bias", "delta_softplus", "out_dtype")
 _FAR = 12  # nodes between a map in scan order and the scan that reads it
 
 
@@ -44,7 +43,7 @@ def fuse_shared(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _fuse(gm: fx.GraphModule, scan: fx.Node) -> None:
-    a = dict.fromkeys(_NAMES) | dict(zip(_NAMES, scan.args, strict=False)) | dict(scan.kwargs)
+    a = arguments(scan)
     if not is_parameter_only(a["A"]) or (a["delta_bias"] is not None and not is_parameter_only(a["delta_bias"])):
         raise Unprovable("A or delta_bias depends on the input")
     K, r = (int(s) for s in value(a["u"]).shape[1:3])
@@ -106,7 +105,7 @@ def add_skip(
         y, x = (emit(aten.flatten.using_ints, t, 2, 3) for t in (y, x))
         D = make_buffer(gm, emit, site, "D", skip, cross, torch.float32)
         out = emit(torch.ops.vmeanba_fx.broadcast_add.default, emit(aten.unsqueeze.default, y, 2), x, D, wanted)
-        return emit(aten.unflatten.int, out, 2, [cross.height, cross.width])
+        return emit(aten.unflatten.int, follow_weights(emit, out, D), 2, [cross.height, cross.width])
     D = make_buffer(gm, emit, site, "D", skip.reshape(-1, 1, 1), cross, torch.float32)
     out = emit(aten.add.Tensor, emit(aten.mul.Tensor, x, D), y)
     if shifted:

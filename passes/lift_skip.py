@@ -19,16 +19,15 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from vmeanba_fx.graph import Emitter, aten, scan_nodes, value
+from vmeanba_fx.graph import Emitter, arguments, aten, scan_nodes, value
 
 NAME = "lift_skip"
-_NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus", "out_dtype")
 
 
 def lift_skip(gm: fx.GraphModule) -> fx.GraphModule:
     """Rewrite ``gm`` in place and return it."""
     for owner, scan in scan_nodes(gm):
-        a = dict.fromkeys(_NAMES) | dict(zip(_NAMES, scan.args, strict=False)) | dict(scan.kwargs)
+        a = arguments(scan)
         if a["D"] is None and a["z"] is None:
             continue
         wanted = a["out_dtype"] or value(a["u"]).dtype

@@ -26,7 +26,7 @@ import torch
 from torch import fx
 
 from vmeanba_fx.errors import PassError, SiteError
-from vmeanba_fx.graph import SITE, Emitter, aten, remove_dead_code, scan_nodes, value
+from vmeanba_fx.graph import SITE, Emitter, arguments, aten, remove_dead_code, scan_nodes, value
 
 Mean = Literal["direction", "all", "input"]
 NAME = "mean_scan"
@@ -83,9 +83,7 @@ def _describe(out: fx.Node, args: dict[str, Any], mean: Mean) -> None:
 
 def scan_arguments(scan: fx.Node) -> dict[str, Any]:
     """Arguments of a selective-scan node by name. Captured scans carry neither D nor z: they are nodes of their own."""
-    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus", "out_dtype")
-    given = dict(zip(names, scan.args, strict=False)) | dict(scan.kwargs)
-    bound = {n: given.get(n) for n in names}
+    bound = arguments(scan)
     if bound.pop("D") is not None or bound.pop("z") is not None:
         raise SiteError(f"{scan.meta.get(SITE, scan.name)}: D or z lies inside the scan node; capture the model again")
     bound["delta_softplus"] = bool(bound["delta_softplus"])

@@ -22,12 +22,11 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from vmeanba_fx.evaluate import is_parameter_only
-from vmeanba_fx.graph import Emitter, aten, downstream, refresh, remove_dead_code, value
+from vmeanba_fx.graph import Emitter, arguments, aten, downstream, refresh, remove_dead_code, value
 from vmeanba_fx.regions import NOTHING
 
 NAME = "refit"
 _CONVS = {aten.conv1d.default, aten.conv2d.default}
-_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _SAME = {
     aten.dropout.default, aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default,
     aten.to.dtype,
@@ -88,10 +87,10 @@ def is_pointwise_linear(node: fx.Node) -> bool:
         return not node.kwargs
     if node.target not in _CONVS or node.kwargs:
         return False
-    given = dict(zip(_NAMES, node.args, strict=False))
+    given = arguments(node)
     kernel = set(value(given["weight"]).shape[2:])
-    plain = all(set(given.get(key, [ok])) == {ok} for key, ok in (("stride", 1), ("padding", 0), ("dilation", 1)))
-    return kernel == {1} and plain and given.get("groups", 1) == 1
+    plain = set(given["stride"]) == {1} and set(given["padding"]) == {0} and given["groups"] == 1
+    return kernel == {1} and plain
 
 
 def _is_affine_norm(node: fx.Node) -> bool:

@@ -108,6 +108,14 @@ def value(node: Any) -> Any:
     return node.meta.get("val") if isinstance(node, fx.Node) else node
 
 
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """Arguments of an operator's node by the names of its schema, defaults included."""
+    target = node.target.default if isinstance(node.target, torch._ops.OpOverloadPacket) else node.target
+    schema = target._schema.arguments
+    given = dict(zip((a.name for a in schema), node.args, strict=False)) | dict(node.kwargs)
+    return {a.name: given.get(a.name, a.default_value) for a in schema}
+
+
 def concrete_sizes(t: torch.Tensor) -> tuple[int, ...]:
     """Sizes of a (fake) tensor; a dynamic one is taken at the value it was traced with."""
     return tuple(s.node.hint if isinstance(s, torch.SymInt) else int(s) for s in t.shape)
