@@ -187,6 +187,20 @@ def test_the_gate_stays_per_channel():
     assert zoo.relative_error(gm(x), model(x)) <= 1e-10
 
 
+def test_a_step_without_softplus_or_bias():
+    """What the call says about its step is taken over, not assumed."""
+
+    def call(u, delta, A, B, C, D, bias):
+        return zoo.selective_scan_fn(u, delta.abs(), A, B, C, D)
+
+    model = zoo.live(1, call=call).double()
+    x = zoo.images(3, dtype=torch.float64)
+    gm = mean_scan(capture(model, x), ["blocks.0.op"])
+    for op in zoo.scanners(model):
+        op.call = lambda u, delta, A, B, C, D, bias: paper_block(u, delta.abs(), A, B, C, D, None, None, False)
+    assert zoo.relative_error(gm(x), model(x)) <= 1e-10
+
+
 def test_output_dtype_of_the_call():
     """VMamba's ``oflex``: half precision in, float32 out, also of the replaced scan."""
 

@@ -86,7 +86,7 @@ def test_globs(plan):
 @pytest.mark.parametrize("options, message", [
     ({"k": 5}, r"k=5: this model has 4 sites to replace, so k can be 0 to 4"),
     ({"k": -1}, r"k=-1: .* k can be 0 to 4"),
-    ({"k": 4, "exclude": "blocks.1.op"}, r"k=4: this model has 3 sites to replace, so k can be 0 to 3"),
+    ({"k": 4, "exclude": "blocks.1.op"}, r"this model has 3 sites to replace besides the excluded ones, so k can be 0 to 3"),
     ({"k": 1.0}, r"k=1.0: give a whole number"),
     ({"k": "2"}, r"k='2': give a whole number"),
     ({"k": True}, r"k=True: give a whole number"),

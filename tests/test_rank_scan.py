@@ -63,6 +63,14 @@ def test_uniform_projections_are_the_mean_of_the_inputs(softplus, bias):
     assert zoo.relative_error(rank_scan_tensors(fit, *given), mean_scan_tensors("input", *given)) < 1e-12
 
 
+def test_the_fitted_constants_are_added():
+    a = zoo.scan_inputs(2, 2, 5, 3, 7)
+    given = (a["u"], a["delta"], a["A"], a["B"], a["C"], a["delta_bias"], True, None)
+    fit = random_fit(2, 5, 2)
+    plain = rank_scan_tensors(random_fit(2, 5, 2, extra=False), *given)
+    torch.testing.assert_close(rank_scan_tensors(fit, *given) - plain, fit.skip[:, None] * a["u"] + fit.bias[:, None])
+
+
 def test_equal_decays_and_full_rank_are_the_scan_itself():
     a = zoo.scan_inputs(2, 2, 4, 3, 7)
     first = torch.arange(2).repeat_interleave(4) * 4

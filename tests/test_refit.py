@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from vmeanba_fx.passes import find_readout, mean_scan
 from vmeanba_fx.passes.refit import Readout
@@ -55,9 +56,9 @@ class Gate(nn.Module):
 class Pointwise(nn.Module):
     """A 1x1 convolution on channel-first maps."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, groups: int = 1) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 1, bias=False)
+        self.conv = nn.Conv2d(dim, dim, 1, bias=False, groups=groups)
 
     def forward(self, y: Tensor) -> Tensor:
         return self.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -76,6 +77,7 @@ class Twice(nn.Module):
 
 @pytest.mark.parametrize("after, layer", [
     (None, "linear"), (Gate(6), "linear"), (nn.Identity(), "linear"), (zoo.RMSNorm(6), "linear"), (Pointwise(6), "conv2d"),
+    (Pointwise(6, groups=2), "linear"),  # its channels are not mixed freely: the layer behind it is
 ])  # fmt: skip
 def test_the_next_pointwise_layer_is_found(after, layer):
     found = readout_of(zoo.tiny(2, after=after))
@@ -86,6 +88,39 @@ def test_the_next_pointwise_layer_is_found(after, layer):
 def test_a_branching_scan_is_refused_by_name():
     found = readout_of(zoo.tiny(2, after=Twice(6)))
     assert isinstance(found, str) and "not all of it goes through that layer" in found
+
+
+class Then(nn.Module):
+    """A linear layer and something behind it."""
+
+    def __init__(self, dim: int, fn) -> None:
+        super().__init__()
+        self.linear, self.fn = nn.Linear(dim, dim), fn
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.fn(self.linear(y))
+
+
+@pytest.mark.parametrize("fn", [
+    lambda y: F.dropout(y, 0.5, training=False),
+    lambda y: y.contiguous().clone(),
+])  # fmt: skip
+def test_the_stream_behind_the_layer_is_found(fn):
+    model = zoo.tiny(1)
+    model.blocks[0].op.out_proj = Then(6, fn)
+    assert readout_of(model).stream is not None
+
+
+@pytest.mark.parametrize("fn", [
+    lambda y: F.dropout(y, 0.5, training=True),
+    lambda y: y + torch.arange(6.0),  # no residual sum: of one vector
+    lambda y: y * 2,
+])  # fmt: skip
+def test_what_changes_the_layers_output_is_no_stream(fn):
+    model = zoo.tiny(1)
+    model.blocks[0].op.out_proj = Then(6, fn)
+    found = readout_of(model)
+    assert found.layer.name.startswith("linear") and found.stream is None
 
 
 def without_projection(after: nn.Module | None = None) -> nn.Module:
