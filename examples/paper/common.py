@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import functools
 import os
 import platform
 import re
@@ -20,7 +21,6 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def scan_only_mambavision() -> nn.Module:
 # -- data -------------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=8)
 def arrays(data: str, kind: str, train: bool) -> tuple[Tensor, Tensor]:
     """All images and labels of a split: "fashion" uint8 (n, 28, 28), or "digits" normalised float (n, 8, 8)."""
     if data.endswith(".npz"):
@@ -273,8 +273,10 @@ VARIANTS = {
         Variant("rank4_greedy_refit", _rank(4) | {"greedy": True}, _REFIT, "C3.-."),
     )
 }
+_WORDS = {"refit_all": "refit all", "_outputs": " to outputs", "_": " + "}
 SHORT = {
-    name: re.sub(r"rank(\d+)", r"rank \1", name.replace("refit_all", "refit all").replace("_", " + ")) for name in VARIANTS
+    name: re.sub(r"rank(\d+)", r"rank \1", functools.reduce(lambda text, word: text.replace(*word), _WORDS.items(), name))
+    for name in VARIANTS
 } | {"mean": "paper's mean"}
 
 

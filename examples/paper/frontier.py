@@ -202,7 +202,7 @@ def plot(plt, folder: Path) -> None:
     if not files:
         return
     files.sort(key=lambda rows: list(TASKS).index(rows[0]["task"]))
-    fig, axes = plt.subplots(1, len(files), figsize=(5.0 * len(files), 5.0), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(1, len(files), figsize=(5.0 * len(files), 5.6), squeeze=False, layout="constrained")
     for rows, ax in zip(files, axes[0], strict=True):
         task, (mode, ms) = rows[0]["task"], joined(rows)
         for passes, names, faded in ((ALL, DRAWN, 1.0), (ALONE, DRAWN_ALONE, 0.4)):
@@ -223,7 +223,7 @@ def plot(plt, folder: Path) -> None:
         ax.set_yticks([0, 0.5, 1, 2, 5, 10], ["0", "0.5", "1", "2", "5", "10"])
         ax.invert_yaxis()
         ax.grid(alpha=0.3)
-    legend_below(fig, 4)
+    legend_below(fig, 4 if len(files) > 2 else 2)
     fig.savefig(folder / "frontier.png", dpi=110)
 
 

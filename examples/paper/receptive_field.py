@@ -113,7 +113,7 @@ def plot(plt, kept: dict[str, dict[str, Tensor]], path: Path) -> None:
             ax.set(xticks=[], yticks=[])
         line[0].set_ylabel(f"{TASKS[name].name}, stage {STAGES[name]}", fontsize=9)
     fig.colorbar(drawn, ax=axes, label="gradient energy, log10", shrink=0.6)
-    fig.savefig(path, dpi=100)
+    fig.savefig(path, dpi=75)
 
 
 def main() -> None:
