@@ -9,15 +9,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import linecache
 import logging
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.fx import _symbolic_trace
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import _symbolic_trace, graph_module
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 
@@ -31,10 +34,46 @@ def one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def alone(*args: Any, **kwargs: Any) -> Any:
-        with LOCK:
+        with LOCK, _sources_that_go():
             return function(*args, **kwargs)
 
     return alone
+
+
+@contextlib.contextmanager
+def _sources_that_go() -> Iterator[None]:
+    """Let the source of a graph's code go with the code: ``torch.fx`` keeps every one it ever made, for tracebacks.
+
+    A transform makes some twenty graphs on its way. The code holds the names it uses in a dictionary of its own; an object
+    put there tells when that is gone.
+    """
+    loader, thread = graph_module._loader, threading.get_ident()  # private to torch, unchanged since 1.12
+    if "cache" in vars(loader):  # already so, in a call around this one
+        yield
+        return
+    cache = loader.cache
+
+    def cache_while_used(src: str, names: dict[str, Any], *args: Any, **kwargs: Any) -> str:
+        key = cache(src, names, *args, **kwargs)
+        if threading.get_ident() == thread:
+            names["__source__"] = held = _Held()
+            weakref.finalize(held, _drop_source, loader, key).atexit = False
+        return key
+
+    loader.cache = cache_while_used
+    try:
+        yield
+    finally:
+        del loader.cache
+
+
+class _Held:
+    """An object that can be watched."""
+
+
+def _drop_source(loader: Any, key: str) -> None:
+    loader.eval_cache.pop(key, None)
+    linecache.cache.pop(key, None)
 
 
 @contextlib.contextmanager
@@ -153,7 +192,8 @@ def on_the_cpu() -> Iterator[None]:
 
 
 def forget_sizes() -> None:
-    """Empty torch's caches of symbolic sizes: they are kept on a class and hold on to what a trace was made of."""
+    """Empty torch's caches of symbolic sizes: they are kept on classes and hold on to what a trace was made of."""
+    FakeTensorMode.cache_clear()
     for member in vars(ShapeEnv).values():
         if hasattr(member, "cache_clear"):
             member.cache_clear()

@@ -7,6 +7,7 @@ CI runs a short form. The long one, in about five minutes of one core:
 
 import gc
 import json
+import linecache
 import os
 import subprocess
 import sys
@@ -14,15 +15,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.fx import graph_module
 
 import vmeanba_fx
 from tests import zoo
+from vmeanba_fx.graph import copy_graph
 
 COUNT = int(os.environ.get("VMEANBA_TRANSFORMS", "16"))
 ROOT = Path(__file__).resolve().parents[2]
-# torch.fx keeps the source of every graph it ever made code for, about 90 KB for a transform of this model.
 # PyTorch's and SymPy's caches still fill up in the short form; a trace that stays takes 3,600 objects and 1.2 MB.
-OBJECTS_PER_RUN, BYTES_PER_RUN = (100, 200_000) if COUNT >= 200 else (1500, 1_000_000)
+OBJECTS_PER_RUN, BYTES_PER_RUN = (10, 10_000) if COUNT >= 200 else (1500, 1_000_000)
 
 
 def resident():
@@ -47,7 +49,7 @@ def run(count, warm):
     models = [zoo.tiny(1, directions=1, state=1, call=call) for call in calls]
     x = zoo.images(2)
     before, expected = patched_places(), [model(x) for model in models]
-    marks = []
+    marks, sources = [], []
     for index in range(count):
         gm = vmeanba_fx.transform(models[index % 2], [x], **({"k": 0} if index % 4 < 2 else {"sites": "*"}))
         gm(x)
@@ -56,7 +58,9 @@ def run(count, warm):
         if index in (warm - 1, count - 1):
             gc.collect()
             marks.append((resident(), len(gc.get_objects())))
+            sources.append(len(graph_module._loader.eval_cache))
     assert all(torch.equal(model(x), y) for model, y in zip(models, expected, strict=True))
+    assert sources[0] == sources[1] <= 2, "torch.fx still keeps sources of graphs that are gone"
     (bytes_then, objects_then), (bytes_now, objects_now) = marks
     print(json.dumps({
         "transforms": count - warm, "bytes": (bytes_now - bytes_then) / (count - warm),
@@ -75,3 +79,14 @@ def test_memory_stays_and_nothing_is_left_patched():
     print(found)
     assert found["objects"] <= OBJECTS_PER_RUN
     assert found["bytes"] <= BYTES_PER_RUN
+
+
+def test_a_graph_keeps_its_source_as_long_as_it_lives():
+    gm = vmeanba_fx.transform(zoo.tiny(1, directions=1, state=1), [zoo.images(2)], k=0)
+    name = gm.forward.__code__.co_filename
+    assert "def forward" in "".join(linecache.getlines(name))
+    alive = copy_graph(gm)  # outside of our calls: torch.fx keeps its source
+    assert "cache" not in vars(graph_module._loader)
+    del gm
+    gc.collect()
+    assert not linecache.getlines(name) and linecache.getlines(alive.forward.__code__.co_filename)
