@@ -9,6 +9,7 @@ from tests import zoo
 from vmeanba_fx import sites as sites_module
 from vmeanba_fx.capture import capture
 from vmeanba_fx.errors import SiteError
+from vmeanba_fx.execute import Executor
 from vmeanba_fx.graph import scan_nodes
 from vmeanba_fx.sites import find_sites
 
@@ -204,6 +205,29 @@ def test_a_contradicted_verdict_is_an_error(monkeypatch):
     with pytest.raises(SiteError, match=r"blocks.0.op: its structure says .*layer_norm_9.* moved the output"):
         find_sites(gm)
     assert find_sites(gm, probe=False)[0].annihilated
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_contradicts_nothing(dtype):
+    """Channels that differ by little more than the rounding of the shift: a LayerNorm makes noise of them."""
+    model = zoo.tiny(1, directions=1, state=1)
+    op = model.blocks[0].op
+    with torch.no_grad():
+        for weight in (op.in_proj.weight, op.in_proj.bias, op.dt_proj[0], op.dt_bias, op.A_log, op.D):
+            weight.copy_(weight[:1] + 1e-3 * weight)
+        op.x_proj.mul_(8)
+    outputs = {}
+    for kind in (torch.float64, dtype):
+        gm = capture(model.to(kind), zoo.images(dtype=kind))
+        (site,) = find_sites(gm)
+        assert site.annihilated
+        scan = next(node for _, node in scan_nodes(gm))
+        executor = Executor(gm, [scan], keep=[scan])
+        with torch.no_grad():
+            base, state = executor.run(zoo.images(dtype=kind))
+            moved = executor.rerun(state, {scan: sites_module._shifted(state.value(scan), site)})
+        outputs[kind] = sites_module._moved(base, moved, 0.0) or 0.0
+    assert outputs[torch.float64] < 1e-9 and outputs[dtype] > 5e-2
 
 
 def test_finding_changes_nothing(everything):
