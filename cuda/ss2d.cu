@@ -14,8 +14,8 @@
 // arithmetic of others. Between directions a warp waits for the others just before it first adds to y.
 //
 // FRONTS = 2: a team has twice WARPS warps, and the second half walks the reverse of the first half's direction meanwhile.
-// They meet in the middle; of the two that come to a tile of the map, the first is always the same one, and the second waits
-// for it. That halves the waits for other warps.
+// They meet in the middle, where they wait for each other: the tiles that lie ahead are those that the others leave behind. Twice
+// as many warps work on half as long a chain of states each.
 //
 // Steps are in base 2: dt / ln 2 = log2(1 + 2^(z log2 e)), which saves multiplications; y is scaled by ln 2 at the end.
 //
@@ -132,7 +132,9 @@ template <int KIND> __device__ __forceinline__ void scan_direction(const Params 
 #if WARPS == 1 && NSTATE == 1
     float carry[2] = {0.f, 0.f};
 #endif
-    bool may_add = site.turn == 0 || MEMBERS == 32;
+    Arrivals *const passed = &site.links->passed;
+    const int own_tiles = FRONTS == 2 ? (site.tiles + 1 - site.front) / 2 : site.tiles;  // to which this front is the first to add
+    bool past_own = FRONTS == 1;
     for (int tile = site.warp; tile < site.tiles; tile += WARPS) {
         const int start = (tile * 8 + segment) * SEG;
         auto is_in = [&](int step) { return STEADY || start + (WHOLE && !ORDER ? 0 : step) < length; };
@@ -302,13 +304,12 @@ template <int KIND> __device__ __forceinline__ void scan_direction(const Params 
         }
 
         // ---- add to y
-        if (!may_add) await(&site.links->finished, MEMBERS, site.turn - 1);
-        may_add = true;
-#if FRONTS == 2
-        Arrivals *const visited = &site.links->visited[site.front ? site.tiles - 1 - tile : tile];
-        const bool is_first = site.front ? 2 * tile + 1 < site.tiles : 2 * tile < site.tiles;
-        if (!is_first) await(visited, 32, site.turn);
-#endif
+        if (MEMBERS > 32 && tile == site.warp && site.turn > 0) await(passed, FRONTS * site.turn - 1);
+        if (!past_own && tile >= own_tiles) {
+            if (tile == site.warp) arrive(passed);
+            await(passed, FRONTS * site.turn);
+            past_own = true;
+        }
 #pragma unroll
         for (int from = 0; from < SEG; from += 7) {
             float2 sum[7] = {};
@@ -331,11 +332,10 @@ template <int KIND> __device__ __forceinline__ void scan_direction(const Params 
                     if (is_in(step)) y_of_lane[steps.place(step)] = sum[i];
                 }
         }
-#if FRONTS == 2
-        if (is_first) arrive(visited);
-#endif
+        if (FRONTS == 2 && tile < own_tiles && tile + WARPS >= own_tiles) arrive(passed);
     }
-    if (MEMBERS > 32) arrive(&site.links->finished);
+    if (!past_own) await(passed, FRONTS * site.turn);
+    if (MEMBERS > 32) arrive(passed);
     else __syncwarp();
 }
 
@@ -375,8 +375,7 @@ extern "C" __global__ void __launch_bounds__(MEMBERS * TEAMS, MIN_BLOCKS) ss2d(c
     site.stage.read(p, (const x_type *)p.x + site.batch * p.x_b + site.first_channel * p.x_c, live, member);
     prefetch_later_block(p, blocks, team, member, site.stage.length);
     for (int i = member; i < FRONTS * NSTATE * RING * 8; i += MEMBERS) site.links->state[0][0][0][i] = 0u;
-    for (int i = member; i < (FRONTS > 1 ? MAX_TILES : 1); i += MEMBERS) init_arrivals(&site.links->visited[i], 32);
-    if (member == 0) init_arrivals(&site.links->finished, MEMBERS);
+    if (member == 0) init_arrivals(&site.links->passed);
     team_barrier();
 
 #pragma unroll 1

@@ -18,7 +18,6 @@ struct Params {
 // Weights and bias carry the factor log2 e; else z is multiplied by it.
 #define SCALED (MMA && (SPLIT || SMALL))
 #define MEMBERS (32 * WARPS * FRONTS)
-#define MAX_TILES 64  // with two fronts
 
 typedef Element<X_TYPE>::type x_type;
 typedef Element<F_TYPE>::type f_type;
@@ -165,20 +164,19 @@ __device__ __forceinline__ void shift_right(float &decay, float &state) {
 
 __device__ __forceinline__ uint_t shared_address(const void *p) { return (uint_t)__cvta_generic_to_shared(p); }
 
-// Counts the threads that have come by, in phases; all of them arrive. An mbarrier where there are such: racecheck knows them.
+// Counts the threads of a team that have come by, in phases. An mbarrier where there are such: racecheck knows them.
 typedef unsigned long long Arrivals;
 
 // What the warps of a team tell each other, in shared memory.
 struct __align__(16) Links {
     unsigned long long state[FRONTS][NSTATE][RING][8];  // published states of 8 channels, see publish()
-    Arrivals visited[FRONTS > 1 ? MAX_TILES : 1];       // by tile of the map: a warp has passed it as the first, once a turn
-    Arrivals finished;                                  // the team has finished a turn
+    Arrivals passed;                                    // half a turn (with two fronts) or a turn, FRONTS times a turn
 };
 static_assert(sizeof(Links) == LINKS_BYTES, "the host reserves another size for Links");
 
-__device__ __forceinline__ void init_arrivals(Arrivals *arrivals, int count) {
+__device__ __forceinline__ void init_arrivals(Arrivals *arrivals) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(arrivals)), "r"(count) : "memory");
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(arrivals)), "n"(MEMBERS) : "memory");
 #else
     *arrivals = 0;
 #endif
@@ -193,8 +191,8 @@ __device__ __forceinline__ void arrive(Arrivals *arrivals) {
 #endif
 }
 
-// Until `count` threads have arrived in each phase up to this one. The phase before has been waited for.
-__device__ __forceinline__ void await(Arrivals *arrivals, int count, int phase) {
+// Until all have arrived in this phase. The phase before has been waited for.
+__device__ __forceinline__ void await(Arrivals *arrivals, int phase) {
 #if __CUDA_ARCH__ >= 900
 #define WAIT "mbarrier.try_wait.parity.shared.b64"
 #else
@@ -208,7 +206,7 @@ __device__ __forceinline__ void await(Arrivals *arrivals, int count, int phase) 
                      : "r"(shared_address(arrivals)), "r"(phase & 1)
                      : "memory");
 #else
-        done = *(volatile Arrivals *)arrivals >= (Arrivals)count * (phase + 1);
+        done = *(volatile Arrivals *)arrivals >= (Arrivals)MEMBERS * (phase + 1);
         __threadfence_block();
 #endif
     } while (__any_sync(0xffffffffu, !done));

@@ -23,7 +23,6 @@ from .library import LIBRARY
 _MAX_DIRECTIONS = 16  # direction codes travel in one 64-bit integer
 _MAX_LENGTH = 2**30
 _MAX_STATES = 128
-_MAX_TILES = 64  # of a map that two fronts walk, see ss2d.cu
 # Maps whose size is compiled into the kernel; more sizes than this run on kernels that take it as an argument.
 _MAX_BAKED = 48
 _baked: set[tuple[int, int]] = set()
@@ -248,7 +247,7 @@ def _ring(warps: int) -> int:
 
 def _links_bytes(warps: int, fronts: int, states: int) -> int:
     """Size of the kernel's struct Links."""
-    return -(-(fronts * states * _ring(warps) * 64 + 8 * (_MAX_TILES if fronts > 1 else 1) + 8) // 16) * 16
+    return -(-(fronts * states * _ring(warps) * 64 + 8) // 16) * 16
 
 
 def _team_shape(batch, teams, tiles, states, pairs, team_bytes, device) -> tuple[int, int, int]:
@@ -264,7 +263,7 @@ def _team_shape(batch, teams, tiles, states, pairs, team_bytes, device) -> tuple
             if teams % n == 0 and 2 * n * (team_bytes + _links_bytes(1, 1, states)) <= limit:
                 return 1, 1, n
         return 1, 1, 1
-    fronts = 2 if pairs and tiles <= _MAX_TILES and states == 1 else 1
+    fronts = 2 if pairs and states == 1 else 1
     rounds = -(-tiles // min(-(-wanted // fronts), most))
     return -(-tiles // rounds), fronts, 1
 
