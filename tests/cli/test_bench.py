@@ -7,7 +7,7 @@ import torch
 
 import vmeanba_fx
 from tests.cli.running import refused, run
-from vmeanba_fx.cli import bench, bench_kernels
+from vmeanba_fx.cli import bench, bench_kernels, bench_profile
 
 
 def test_bench_times_the_model_and_its_rewritten_forms(capsys, spec):
@@ -68,6 +68,15 @@ def test_bench_of_kernels_and_profile_saved(capsys, tmp_path, spec):
     assert len(list(out.glob("*_kernels.csv"))) == len(list(out.glob("*_profile.csv"))) == len(list(out.glob("*.txt"))) == 1
     pytest.importorskip("matplotlib")
     assert len(list(out.glob("*_profile.png"))) == 1
+
+
+def test_bench_shortens_the_names_of_kernels():
+    add = "void at::native::elementwise_kernel<128, 4, gpu_kernel_impl_nocast<at::native::CUDAFunctor_add<float> >(int)>"
+    assert bench_profile._short(add) == "elementwise_kernel (CUDAFunctor_add)"
+    norm = "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<float, float, false>(int, float)"
+    assert bench_profile._short(norm) == "vectorized_layer_norm_kernel"
+    assert bench_profile._short("vmeanba_fx::selective_scan") == "vmeanba_fx::selective_scan"
+    assert bench_profile._short("sm90_" + "x" * 80) == "sm90_" + "x" * 62 + "..."
 
 
 def test_bench_refuses_a_wrong_kernel(capsys, spec, monkeypatch):

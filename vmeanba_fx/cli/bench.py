@@ -217,7 +217,7 @@ def _save(folder: Path, where: dict[str, Any], data: dict[str, Any], text: str) 
     """Write the JSON, the text and one CSV per part; the start of their names, which holds the conditions."""
     folder.mkdir(parents=True, exist_ok=True)
     dtype = where["autocast"] or where["dtype"]
-    named = (where["model"], where["device"], f"torch{where['torch']}", dtype, f"batch{where['input'][0]}")
+    named = (where["model"].rpartition("/")[2], where["device"], f"torch{where['torch']}", dtype, f"batch{where['input'][0]}")
     stem = "_".join(["bench", *(re.sub(r"[^\w.]+", "-", name).strip("-") for name in named)])
     (folder / f"{stem}.json").write_text(json.dumps(data, indent=1) + "\n")
     (folder / f"{stem}.txt").write_text(text + "\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +62,7 @@ def profile_rows(model: nn.Module, images: Tensor, block: str) -> list[ProfileRo
     on_gpu = images.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     module(*args, **kwargs)
-    with profile(activities=activities) as recorded:
+    with profile(activities=activities, acc_events=True) as recorded:
         for _ in range(_RUNS):
             module(*args, **kwargs)
         if on_gpu:
@@ -77,12 +79,10 @@ def profile_rows(model: nn.Module, images: Tensor, block: str) -> list[ProfileRo
 
 
 def profile_table(rows: list[ProfileRow], block: str, top: int = 5) -> str:
-    others = rows[top:]
-    table = [[_short(r.name), f"{r.calls:g}", f"{r.microseconds:.1f}", f"{r.share:.1%}"] for r in rows[:top]]
-    if others:
-        calls, spent = sum(r.calls for r in others), sum(r.microseconds for r in others)
-        share = sum(r.share for r in others)
-        table.append([f"({len(others)} others)", f"{calls:g}", f"{spent:.1f}", f"{share:.1%}"])
+    rows = _by_short_name(rows)
+    if rows[top:]:
+        rows = [*rows[:top], _sum(f"({len(rows) - top} others)", rows[top:])]
+    table = [[r.name, f"{r.calls:g}", f"{r.microseconds:.1f}", f"{r.share:.1%}"] for r in rows]
     head = [f"kernels of {block or 'the model'}", "calls", "us per run", "share"]
     return tabulate(table, head, disable_numparse=True, colalign=("left", "right", "right", "right"))
 
@@ -93,22 +93,37 @@ def profile_plot(rows: list[ProfileRow], title: str, path: Path, top: int = 5) -
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(8, 0.5 * min(top, len(rows)) + 1.2))
+    bars = _by_short_name(rows, 48)[:top][::-1]
+    figure = Figure(figsize=(8, 0.5 * len(bars) + 1.5))
     axis = figure.add_subplot()
-    bars = rows[:top][::-1]
-    axis.barh([_short(r.name, 48) for r in bars], [100 * r.share for r in bars])
+    axis.barh([r.name for r in bars], [100 * r.share for r in bars])
     for place, row in enumerate(bars):
         axis.text(100 * row.share, place, f" {row.share:.1%}", va="center")
     axis.set_xlabel("share of kernel time, %")
-    axis.set_title(title, fontsize=9)
+    figure.suptitle(textwrap.fill(title, 110), fontsize=8)
     axis.margins(x=0.12)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     return True
 
 
+def _by_short_name(rows: list[ProfileRow], most: int = 70) -> list[ProfileRow]:
+    """Kernels that differ in types or tile sizes alone are one row here."""
+    found: dict[str, list[ProfileRow]] = {}
+    for row in rows:
+        found.setdefault(_short(row.name, most), []).append(row)
+    return sorted((_sum(name, same) for name, same in found.items()), key=lambda r: -r.microseconds)
+
+
+def _sum(name: str, rows: list[ProfileRow]) -> ProfileRow:
+    return ProfileRow(name, sum(r.calls for r in rows), sum(r.microseconds for r in rows), sum(r.share for r in rows))
+
+
 def _short(name: str, most: int = 70) -> str:
-    """A C++ kernel's name without its arguments and the longest namespaces, cut to `most` characters."""
-    name = name.removeprefix("void ").replace("(anonymous namespace)::", "").replace("at::native::", "")
-    plain = name.split("(")[0]
+    """A kernel's C++ name without namespaces, arguments and types, cut; what PyTorch's general kernels compute in brackets."""
+    name = name.removeprefix("void ").replace("(anonymous namespace)::", "")
+    name = re.sub(r"\b(?!aten|vmeanba_fx)\w+::(?=\w)", "", name)
+    plain = re.split(r"[<(]", name)[0]
+    inner = re.search(r"CUDAFunctor_\w+|\w+_kernel_cuda|(?!gpu_)\b\w+_kernel_impl\b|\w+Functor", name[len(plain) :])
+    plain += f" ({inner[0]})" if inner else ""
     return plain if len(plain) <= most else plain[: most - 3] + "..."
