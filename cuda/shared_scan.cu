@@ -19,10 +19,10 @@
 // COLUMNS_TILE, SKEW, SUM_CAP, DIRECTIONS), otherwise they are read from Params.
 //
 // Macros: BAKED; U_TYPE, DELTA_TYPE, B_TYPE, C_TYPE, OUT_TYPE (LINEAR: DELTA_TYPE is a, B_TYPE is b, U_TYPE unused); LINEAR;
-// NSTATE states per block; RANK channels per block; TEAM_THREADS, TEAMS, ITEMS (8 or 16); STAGES, 1 only with BULK; PAIR states
-// per step; RESCAN; CAP: elements of a tile with its skew; COPY: bytes per cp.async, 0 for any strides; BULK: bulk copies; LOOPS: a
-// team has more steps than stages (with BULK it then has a warp more, which fetches); SOFTPLUS; MERGE; TABLE: order given as an
-// index table.
+// NSTATE states per block; RANK channels per block; TEAM_THREADS, TEAMS, ITEMS (8 or 16); STAGES, 1 only with BULK; ONE_U: then
+// all directions read the same u, which is fetched once; PAIR states per step; RESCAN; CAP: elements of a tile with its skew; COPY:
+// bytes per cp.async, 0 for any strides; BULK: bulk copies; LOOPS: a team has more steps than stages (with BULK it then has a warp
+// more, which fetches); SOFTPLUS; MERGE; TABLE: order given as an index table.
 #include "common.cuh"
 
 struct Params {
@@ -96,11 +96,12 @@ struct Params {
 #define STATE_BYTES (CAP * (Element<DELTA_TYPE>::bytes + RANK * Element<B_TYPE>::bytes + Element<C_TYPE>::bytes))
 #else
 #define FRONT_SLOTS ((STAGES * PAIR + NSTATE - 1) / NSTATE)
-#define FRONT_BYTES (CAP * (Element<DELTA_TYPE>::bytes + RANK * Element<U_TYPE>::bytes))
+#define FRONT_BYTES (CAP * (Element<DELTA_TYPE>::bytes + !ONE_U * RANK * Element<U_TYPE>::bytes))
 #define STATE_BYTES (CAP * (Element<B_TYPE>::bytes + Element<C_TYPE>::bytes))
 #endif
 #define STAGE_BYTES (PAIR * STATE_BYTES)
 #define TEAM_BYTES (STAGES * STAGE_BYTES + FRONT_SLOTS * FRONT_BYTES)
+#define ONE_U_BYTES (ONE_U * CAP * RANK * Element<U_TYPE>::bytes)
 
 #include "shared_scan_parts.cuh"
 #include "shared_scan_copies.cuh"
@@ -130,7 +131,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
 #endif
     const int k_base = MERGE ? 0 : k_first, sum_cap = SIZE(SUM_CAP, sum_cap);
     char *stages = shared + team * TEAM_BYTES, *fronts = stages + STAGES * STAGE_BYTES;
-    float *const all_sums = (float *)(shared + TEAMS * TEAM_BYTES), *const sums = all_sums + team * RANK * sum_cap;
+    char *const one_u = shared + TEAMS * TEAM_BYTES;
+    float *const all_sums = (float *)(one_u + ONE_U_BYTES), *const sums = all_sums + team * RANK * sum_cap;
     float *const decays = all_sums + TEAMS * RANK * sum_cap;
 
     Cursor now = {k_first, 0, 0, 0, 0};
@@ -154,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
             int turn = 0;
             auto who = [&]() { return all ? warp : turn++ % TEAM_WARPS; };
             if (BULK && (all ? lane == 0 : thread == 0))
-                arrival_expect(barrier, tile.count * ((STAGE_BYTES + (ahead.n == 0 ? FRONT_BYTES : 0)) / CAP));
+                arrival_expect(barrier, tile.count * ((STAGE_BYTES + (ahead.n == 0 ? FRONT_BYTES : 0) + (of == 0 ? ONE_U_BYTES : 0)) / CAP));
 #pragma unroll
             for (int m = 0; m < PAIR; ++m) {
                 const int64 n = n0 + ahead.n + m;
@@ -182,9 +184,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
                 to = first + STAGES * STAGE_BYTES + ahead.front % FRONT_SLOTS * FRONT_BYTES;
                 fetch<DELTA_TYPE>(to, p.delta + (b * p.delta_b + k * p.delta_k) * Element<DELTA_TYPE>::bytes, p.delta_h,
                                   p.delta_w, tile, p, thread, who(), barrier);
-                to += CAP * Element<DELTA_TYPE>::bytes;
+                to = ONE_U ? one_u : to + CAP * Element<DELTA_TYPE>::bytes;
 #pragma unroll
-                for (int r = 0; r < RANK; ++r) {
+                for (int r = 0; r < RANK && !(ONE_U && of > 0); ++r) {
                     const int64 from = b * p.u_b + k * p.u_k + min(r0 + r, (int)p.rank - 1) * p.u_r;
                     fetch<U_TYPE>(to, p.u + from * Element<U_TYPE>::bytes, p.u_h, p.u_w, tile, p, thread, who(), barrier);
                     to += CAP * Element<U_TYPE>::bytes;
@@ -239,6 +241,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
 #pragma unroll 1
     while (now.k < k_end) {
         if (BULK) arrival_wait(arrival + 8 * (team * STAGES + now.step % STAGES), now.step / STAGES & 1);
+        if (ONE_U && team > 0) arrival_wait(arrival, 0);
         if (now.n == 0) {
             const Tile tile = tile_at(p, now.code(p), now.tile);
             count = tile.count;
@@ -263,7 +266,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
             }
 #pragma unroll
             for (int r = 0; r < RANK; ++r) {
-                steps.read<U_TYPE>(dtu[r], front, CAP * (Element<DELTA_TYPE>::bytes + r * Element<U_TYPE>::bytes));
+                const int behind = (ONE_U ? 0 : CAP * Element<DELTA_TYPE>::bytes) + r * CAP * Element<U_TYPE>::bytes;
+                steps.read<U_TYPE>(dtu[r], ONE_U ? one_u : front, behind);
 #pragma unroll
                 for (int i = 0; i < ITEMS; ++i) dtu[r][i] *= dt[i];
             }

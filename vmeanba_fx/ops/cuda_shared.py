@@ -38,6 +38,7 @@ class _Problem:
     """What the choice of a kernel variant depends on."""
 
     linear: bool
+    own_u: bool  # every direction has its own u
     table: bool
     merge: bool
     softplus: bool
@@ -78,6 +79,7 @@ class _Plan:
     teams: int
     items: int
     stages: int
+    one_u: bool  # all teams read the same u, which is fetched once
     pair: int  # states per step
     rescan: bool
     bulk: bool
@@ -180,6 +182,7 @@ def _prepare(u, delta, B, C, codes, table, softplus, merge, out_dtype) -> _Launc
     device = C.get_device()
     problem = _Problem(
         linear=linear,
+        own_u=linear or u.shape[1] > 1,
         table=table,
         merge=merge,
         softplus=softplus,
@@ -347,17 +350,19 @@ def _fit(problem, baked, merge, parts, rank, teams, tile, items, stages, pair, s
     if (threads + 32 * (bulk and loops)) * teams > 1024 or (stages == 1 and (loops or not bulk)):
         return None
     size_u, size_delta, size_B, size_C = sizes[:4]
+    one_u = teams > 1 and stages == 1 and not problem.own_u
     if problem.linear:
         front, stage = 0, pair * (size_delta + rank * size_B + size_C)
     else:
-        front, stage = -(-stages * pair // states) * (size_delta + rank * size_u), pair * (size_B + size_C)
-    shared = teams * (cap * (stages * stage + front) + rank * sum_cap * 4)
+        front, stage = -(-stages * pair // states) * (size_delta + (not one_u) * rank * size_u), pair * (size_B + size_C)
+    shared = teams * (cap * (stages * stage + front) + rank * sum_cap * 4) + one_u * cap * rank * size_u
     shared += 4 * (problem.groups if merge else 1) * (states + 1)
     fixed = teams * 2 * 4 * (threads // 32 * (pair * rank + pair + 1) + states * rank + stages)
     if shared + fixed > shared_limit - 1024:
         return None
     return _Plan(
-        *(baked, merge, parts, rank, threads, teams, items, stages, pair, rank == 1 and items == 8 and pair == 1, bulk, loops),
+        *(baked, merge, parts, rank, threads, teams, items, stages, one_u, pair),
+        *(rank == 1 and items == 8 and pair == 1, bulk, loops),
         *(rows, columns, copy, skew, cap, sum_cap, shared),
     )
 
@@ -377,6 +382,7 @@ def _kernel(problem: _Problem, plan: _Plan, out_type: int, device: int):
         ("TEAMS", plan.teams),
         ("ITEMS", plan.items),
         ("STAGES", plan.stages),
+        ("ONE_U", int(plan.one_u)),
         ("PAIR", plan.pair),
         ("RESCAN", int(plan.rescan)),
         ("BULK", int(plan.bulk)),
