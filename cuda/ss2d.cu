@@ -14,8 +14,8 @@
 // arithmetic of others. Between directions a warp waits for the others just before it first adds to y.
 //
 // FRONTS = 2: a team has twice WARPS warps, and the second half walks the reverse of the first half's direction meanwhile.
-// They meet in the middle, where they wait for each other: the tiles that lie ahead are those that the others leave behind. Twice
-// as many warps work on half as long a chain of states each.
+// They meet in the middle and wait for each other there; from then on each adds to the tiles that the other has left behind. That
+// halves the number of turns.
 //
 // Steps are in base 2: dt / ln 2 = log2(1 + 2^(z log2 e)), which saves multiplications; y is scaled by ln 2 at the end.
 //

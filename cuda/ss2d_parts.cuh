@@ -212,7 +212,8 @@ __device__ __forceinline__ void await(Arrivals *arrivals, int phase) {
     } while (__any_sync(0xffffffffu, !done));
 }
 
-// A state and its tag are one 64-bit word, written and read in one access: a matching tag vouches for the state.
+// A state and its tag are one 64-bit word, written and read in one access: a matching tag vouches for the state. Exchanged, not
+// stored: racecheck takes an atomic write for no race with those who poll.
 __device__ __forceinline__ void publish(uint_t slots, float h0, float h1, uint_t tag) {
     asm volatile(
         "{.reg .b64 lo, hi, old; mov.b64 lo, {%1, %3}; mov.b64 hi, {%2, %3};"
