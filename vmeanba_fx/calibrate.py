@@ -18,7 +18,7 @@ from .bootstrap import intervals, told_apart
 from .capture import capture
 from .choice import by_impact, check_group_by, match, units_of
 from .cost import cost_table
-from .curve import Curve, Walk
+from .curve import Curve, Unit, Walk
 from .errors import CalibrationError
 from .fingerprint import Fingerprint
 from .fitting_sites import fit_sites, reachable
@@ -140,37 +140,45 @@ def calibrate(
             before_scoring(plan)
         if not score_sites:
             return plan
+        saved = Saved(resume, plan.fingerprint)
         if reduction.kind == "rank":
             plan.fits.update(fit_sites(gm, sites, batches, reduction))
-        saved = Saved(resume, plan.fingerprint)
         runner = Runner(gm, sites, chosen, Replacer(gm, sites, mean, plan.fits))
-        ways = _ways(score, greedy, held_out)
-        if progress or (progress is None and sys.stderr.isatty()):
+        return _scored(plan, runner, batches, saved, units, _ways(score, greedy, held_out), seed, progress)
+
+
+def _scored(
+    plan: Plan, runner: Runner, batches: Batches, saved: Saved, units: Sequence[Unit], ways: Sequence[str], seed: int,
+    progress: bool | None,
+) -> Plan:  # fmt: skip
+    """``plan`` with scores and curve: all passes over the data, under one progress bar."""
+    if progress or (progress is None and sys.stderr.isatty()):
+        with torch.no_grad():
+            text = cost_table(runner, batches.first, batches.expected(), ways, "held out" in ways)
+        tqdm.write(text, file=sys.stderr)
+    bar = tqdm(
+        total=_runs(batches.expected(), len(plan.sites), len(units), ways), desc=f"scoring {len(plan.sites)} sites",
+        unit="run", disable=None if progress is None else not progress, leave=False,
+    )  # fmt: skip
+    with bar:
+        tallies: dict[str, Tally] = {}
+        if "measured" in ways:
             with torch.no_grad():
-                text = cost_table(runner, batches.first, batches.expected(), ways, held_out)
-            tqdm.write(text, file=sys.stderr)
-        bar = tqdm(
-            total=_runs(batches.expected(), len(sites), len(units), ways), desc=f"scoring {len(sites)} sites",
-            unit="run", disable=None if progress is None else not progress, leave=False,
-        )  # fmt: skip
-        with bar:
-            tallies: dict[str, Tally] = {}
-            if "measured" in ways:
-                with torch.no_grad():
-                    tallies["measured"] = measure_sites(runner, batches, saved, bar)
-            if "gradient" in ways:
-                tallies["gradient"] = estimate_sites(runner, batches, saved, bar, seed=seed)
-            plan = _with_scores(plan, tallies, seed)
-            tally = tallies.get("measured") or tallies["gradient"]
-            walk = Walk(runner, batches, saved, bar, seed=seed, gradient=score == "gradient")
-            curve = None
-            if greedy and units:
-                curve = walk.greedy(units, whole=not (held_out and tally.held_out.samples))
-            if held_out and units and tally.held_out.samples:
-                order = _impacts(plan, tally.ranking)
-                curve = curve or Curve(tuple(by_impact(units, *order)), False)
-                with torch.no_grad():
-                    curve = walk.judge(curve, _span(plan))
+                tallies["measured"] = measure_sites(runner, batches, saved, bar)
+        if "gradient" in ways:
+            tallies["gradient"] = estimate_sites(runner, batches, saved, bar, seed=seed)
+        plan = _with_scores(plan, tallies, seed)
+        tally = tallies.get("measured") or tallies["gradient"]
+        judged = "held out" in ways and bool(tally.held_out.samples)
+        walk = Walk(runner, batches, saved, bar, seed=seed, gradient="measured" not in ways)
+        curve = None
+        if "greedy" in ways and units:
+            curve = walk.greedy(units, whole=not judged)
+        if judged and units:
+            order = _impacts(plan, tally.ranking)
+            curve = curve or Curve(tuple(by_impact(units, *order)), False)
+            with torch.no_grad():
+                curve = walk.judge(curve, _span(plan))
     return replace(plan, curve=curve, fingerprint=plan.fingerprint.with_data(batches.chain))
 
 
