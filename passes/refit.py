@@ -51,12 +51,17 @@ class Readout:
 
     @property
     def weight(self) -> fx.Node:
-        return self.layer.args[2] if self.is_norm else self.layer.args[1]
+        return self.layer.args[weight_position(self.layer)]
 
     @property
     def bias(self) -> fx.Node | None:
-        at = 3 if self.is_norm else 2
+        at = weight_position(self.layer) + 1
         return self.layer.args[at] if len(self.layer.args) > at else None
+
+
+def weight_position(layer: fx.Node) -> int:
+    """Which argument of a linear, convolution or LayerNorm node is its weight; the bias is the next."""
+    return 2 if layer.target is aten.layer_norm.default else 1
 
 
 def find_readout(scan: fx.Node) -> Readout | str:
@@ -145,7 +150,7 @@ def find_stream(layer: fx.Node) -> fx.Node | None:
 def refit(gm: fx.GraphModule, layer: fx.Node, weight: Tensor, bias: Tensor) -> fx.GraphModule:
     """Give ``layer`` of ``gm`` (in place) new weights, in the shape and dtype of its own, and return ``gm``."""
     emit = Emitter(gm.graph, layer, NAME)
-    at = 2 if layer.target is aten.layer_norm.default else 1
+    at = weight_position(layer)
     held = value(layer.args[at])
     new = [emit.get_attr(gm, f"{layer.name}_refit_{name}", t.detach().to(held.device, held.dtype)) for name, t in
            (("weight", weight.reshape(held.shape)), ("bias", bias))]  # fmt: skip

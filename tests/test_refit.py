@@ -9,7 +9,7 @@ from vmeanba_fx.passes.refit import Readout
 
 import vmeanba_fx
 from tests import zoo
-from vmeanba_fx import PlanError
+from vmeanba_fx import CalibrationError, PlanError
 from vmeanba_fx.batches import Batches
 from vmeanba_fx.fitting_refit import REFIT, refit_sites
 from vmeanba_fx.graph import copy_graph, scan_nodes
@@ -242,3 +242,24 @@ def test_a_plan_from_a_file_needs_data(tmp_path):
     plan.save(tmp_path / "plan.json")
     with pytest.raises(PlanError, match="refit=True is fitted to calibration data"):
         vmeanba_fx.Plan.load(tmp_path / "plan.json").apply(sites="*", model=model, refit=True)
+
+
+# -- scoring ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"reduce": "rank", "rank": 2}], ids=["mean", "rank"])
+@pytest.mark.parametrize("build", [zoo.tiny, zoo.live])
+def test_sites_are_scored_as_they_are_applied(build, options):
+    plan = vmeanba_fx.calibrate(build(2), LOADER, metric="loss", refitted=True, progress=False, **options)
+    plain = vmeanba_fx.calibrate(build(2), LOADER, metric="loss", progress=False, **options)
+    for site, score in zip(plan.sites, plan.scores, strict=True):
+        gm = plan.apply(sites=site.name, refit=True)
+        with torch.no_grad():
+            losses = torch.cat([nn.functional.cross_entropy(gm(x), y, reduction="none") for x, y in LOADER])
+        assert score == pytest.approx(float(losses.double().mean()), rel=1e-5)
+    assert plan.scores != plain.scores and plan.fingerprint != plain.fingerprint
+
+
+def test_refitted_scores_are_measured():
+    with pytest.raises(CalibrationError, match="refitted=True needs score='measured', not 'both'"):
+        vmeanba_fx.calibrate(zoo.tiny(1), LOADER, metric="loss", refitted=True, score="both")

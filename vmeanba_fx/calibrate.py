@@ -21,6 +21,7 @@ from .cost import cost_table
 from .curve import Curve, Unit, Walk
 from .errors import CalibrationError
 from .fingerprint import Fingerprint
+from .fitting_refit import refit_each
 from .fitting_sites import fit_sites, reachable
 from .gradient import estimate_sites
 from .metrics import Metric, resolve_metric
@@ -49,6 +50,7 @@ def calibrate(
     energy: float | None = None,
     fit: Fit | None = None,
     score: Score = "measured",
+    refitted: bool = False,
     greedy: bool = False,
     held_out: bool = True,
     exclude: str | Sequence[str] = (),
@@ -72,13 +74,15 @@ def calibrate(
         mean: variant of the replacement that is scored, see :mod:`vmeanba_fx.passes.mean_scan`.
         reduce: ``"mean"``, the paper's block, or ``"rank"``: scans of ``rank`` channels per direction with projections
             fitted to the data, see :mod:`vmeanba_fx.passes.rank_scan`. Three more passes over the loader, whatever the
-            number of sites. Scores are of the fitted site without refitted layers.
-        rank: channels per direction (4), or ``"auto"``: the least of 1, 2, 4, ... 64 that explains ``energy`` of a scan.
+            number of sites. Scores are of the fitted site, see ``refitted``.
+        rank: channels per direction (4), or ``"auto"``: the least of 1, 2, 4, 8, 16 that explains ``energy`` of a scan.
         energy: share of the scan's energy for ``rank="auto"`` (0.9).
         fit: what rank-r fits keep: ``"scan"`` (default), the scan's own output, or ``"outputs"``, of it what the class
             scores depend on (:mod:`vmeanba_fx.sensitivity`). That is one more pass, forwards and backwards.
         score: ``"measured"`` runs the model once per site and batch. ``"gradient"`` estimates all impacts from a few
             backward passes per batch (:mod:`vmeanba_fx.gradient`). ``"both"`` does both and tells their correlation.
+        refitted: score each site with the layer that reads it out refitted, as ``apply(refit=True)`` will do: a site that
+            costs much by itself may cost little then. One or two more passes per site.
         greedy: after every replacement, score the remaining sites again on top of those replaced, so that interactions
             count; ``apply(k=)`` then follows that order. About n/2 times the cost, for n sites.
         held_out: rank on one half of the data and measure on the other half what the first 1, 2, ... sites replaced
@@ -107,6 +111,8 @@ def calibrate(
     check_group_by(group_by)
     if score not in get_args(Score):
         raise CalibrationError(f"score={score!r}: choose one of {', '.join(map(repr, get_args(Score)))}")
+    if refitted and score != "measured":
+        raise CalibrationError(f"refitted=True needs score='measured', not {score!r}")
     if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
         raise CalibrationError(f"max_batches={max_batches!r}: give a whole number of at least 1, or None for all")
     with seeded(seed):
@@ -118,6 +124,7 @@ def calibrate(
             sites = reachable(gm, sites)
         chosen = _metric(metric, score, batches.first.labels is not None)
         options = {"mean": mean, "metric": chosen.name, "dynamic_size": dynamic_size} | reduction.options()
+        options |= {"refitted": True} if refitted else {}
         plan = Plan(
             sites=list(sites),
             refused=list(sites.refused),
@@ -143,7 +150,10 @@ def calibrate(
         saved = Saved(resume, plan.fingerprint)
         if reduction.kind == "rank":
             plan.fits.update(fit_sites(gm, sites, batches, reduction))
-        runner = Runner(gm, sites, chosen, Replacer(gm, sites, mean, plan.fits))
+        replacer = Replacer(gm, sites, mean, plan.fits)
+        if refitted:
+            replacer = Replacer(gm, sites, mean, plan.fits, refit_each(gm, sites, batches, replacer))
+        runner = Runner(gm, sites, chosen, replacer)
         return _scored(plan, runner, batches, saved, units, _ways(score, greedy, held_out), seed, progress)
 
 

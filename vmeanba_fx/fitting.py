@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 RIDGES = (1e-5, 1e-3, 1e-2)
-AUTO_RANKS = (1, 2, 4, 8, 16, 32, 64)
+AUTO_RANKS = (1, 2, 4, 8, 16)
 _SWEEPS = 2
 _POLISH = 8
 _FLOOR = 0.1

@@ -10,7 +10,7 @@ sites left in the stream is compensated too), else the layer's own output.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,9 +23,11 @@ from .errors import CalibrationError
 from .evaluate import is_parameter_only
 from .execute import Executor
 from .fitting import Sums, refit_linear
-from .graph import SITE, downstream, scan_nodes
+from .graph import SITE, copy_graph, downstream, read_attribute, scan_nodes
 from .metrics import Batch
 from .passes.refit import Readout, find_readout, find_stream, is_pointwise_linear, refit
+from .replacing import NewWeights, Replacer
+from .sites import Site
 
 Refit = bool | Literal["all"]
 
@@ -91,6 +93,24 @@ def refit_sites(
             done.append(Refitted(site, node.name, refitter.refit(readout)))
     gm.meta[REFIT] = done
     return gm
+
+
+def refit_each(
+    gm: fx.GraphModule, sites: Sequence[Site], data: Batches, replacer: Replacer
+) -> dict[str, NewWeights]:
+    """New weights of the layer that reads each site out, fitted with that site alone replaced.
+
+    Sites without such a layer, and those that share one, are left out.
+    """
+    found = {site: r.layer for site, r in readouts(gm, [s.name for s in sites]) if isinstance(r, Readout)}
+    weights: dict[str, NewWeights] = {}
+    for site, layer in found.items():
+        if list(found.values()).count(layer) > 1:
+            continue
+        rewritten = refit_sites(replacer.rewrite(copy_graph(gm), [site]), gm, [site], data)
+        new = Readout(next(n for n in rewritten.graph.nodes if n.name == layer.name), None)
+        weights[site] = NewWeights(layer, *(read_attribute(rewritten, str(n.target)) for n in (new.weight, new.bias)))
+    return weights
 
 
 class _Walk:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from .errors import CalibrationError
 from .execute import Computed
 from .graph import SITE, copy_graph, graph_modules, read_attribute, scan_nodes
 from .passes.mean_scan import Mean, mean_scan, mean_scan_tensors, scan_arguments
 from .passes.rank_scan import rank_scan
+from .passes.refit import weight_position
 from .rank_block import RankFit, rank_scan_tensors
 from .sites import Site
 
@@ -35,21 +37,38 @@ class Point:
         raise CalibrationError(f"{site.name}: its scan lies in a sub-graph that the top-level graph does not reach")
 
 
+@dataclass(frozen=True)
+class NewWeights:
+    """``layer``, a linear, 1x1 convolution or LayerNorm node, with another weight and bias."""
+
+    layer: fx.Node
+    weight: Tensor
+    bias: Tensor
+
+    def compute(self, value: Callable[[fx.Node], Any]) -> Tensor:
+        at = weight_position(self.layer)
+        args = [value(self.layer.args[0]), *self.layer.args[1:at], self.weight, self.bias, *self.layer.args[at + 2 :]]
+        return self.layer.target(*args)
+
+
 class Replacer:
-    """Overrides for :meth:`Executor.rerun` that replace sites, given by index: by their rank-r fits where there are any."""
+    """Overrides for :meth:`Executor.rerun` that replace sites, given by index: by their rank-r fits where there are any,
+    and with them the layers that read them out where ``readouts`` has new weights."""
 
     def __init__(
-        self, gm: fx.GraphModule, sites: Sequence[Site], mean: Mean, fits: Mapping[str, RankFit] | None = None
-    ) -> None:
+        self, gm: fx.GraphModule, sites: Sequence[Site], mean: Mean, fits: Mapping[str, RankFit] | None = None,
+        readouts: Mapping[str, NewWeights] | None = None,
+    ) -> None:  # fmt: skip
         self.mean = mean
         self.fits = fits or {}
+        self.readouts = readouts or {}
         self.points = [Point(gm, site) for site in sites]
         self._patched: dict[tuple[fx.Node, tuple[str, ...]], fx.GraphModule] = {}
 
     @property
     def nodes(self) -> list[fx.Node]:
         """The nodes that overrides may name."""
-        return list({p.node: None for p in self.points})
+        return list({node: None for node in [*(p.node for p in self.points), *(r.layer for r in self.readouts.values())]})
 
     def overrides(self, chosen: Sequence[int]) -> dict[fx.Node, Any]:
         """What to override to replace the sites ``chosen`` together."""
@@ -57,6 +76,8 @@ class Replacer:
         inside: dict[fx.Node, list[Point]] = {}
         for i in chosen:
             point = self.points[i]
+            if (readout := self.readouts.get(point.site.name)) is not None:
+                out[readout.layer] = Computed(readout.compute)
             if point.body is None:
                 out[point.node] = Computed(lambda value, scan=point.scan: self._replacement(scan, value))
             else:

@@ -148,6 +148,7 @@ def _scoring(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--score", choices=["measured", "gradient", "both"], help="how to score sites (default: measured)"
     )
+    sub.add_argument("--refitted", action="store_true", default=None, help="score sites as apply --refit leaves them")
     sub.add_argument("--greedy", action="store_true", default=None, help="score again after every replacement")
     sub.add_argument("--group-by", choices=["module"], help="replace all scans of a module together")
     sub.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="keep these sites (repeatable)")

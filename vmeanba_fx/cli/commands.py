@@ -98,6 +98,7 @@ def _calibrate(args: argparse.Namespace, model: nn.Module, **options: Any) -> Pl
         energy=args.energy,
         fit=args.fit,
         score=args.score or "measured",
+        refitted=bool(args.refitted),
         greedy=bool(args.greedy),
         group_by=args.group_by,
         exclude=args.exclude,
@@ -112,6 +113,6 @@ def _loader(args: argparse.Namespace, data: Any, model: nn.Module) -> Any:
 
 
 def _refuse_scoring_options(args: argparse.Namespace) -> None:
-    for name in ("metric", "mean", "reduce", "rank", "energy", "fit", "batches", "size", "score", "greedy"):
+    for name in ("metric", "mean", "reduce", "rank", "energy", "fit", "batches", "size", "score", "refitted", "greedy"):
         if getattr(args, name) is not None:
             raise CommandError(f"--{name} belongs to scoring and has no effect on a plan that is already there")
