@@ -292,11 +292,29 @@ def test_aoti_in_a_process_without_python(package, tmp_path):
     ("model.bin", "pt2", "ends in .pt2"),
     ("none/model.pt2", "pt2", "there is no folder"),
     (".", "pt2", "is a folder"),
+    ("x" * 300 + ".pt2", "pt2", "cannot write .*name too long"),
+    ("a\0b.pt2", "pt2", "cannot write .*null"),
 ])  # fmt: skip
 def test_targets_that_cannot_be(name, format, message, tmp_path):
     with pytest.raises(ExportError, match=message):
         export(result("all"), None, tmp_path / name, format)
     assert not list(tmp_path.iterdir())
+
+
+def test_links_are_followed(tmp_path):
+    (tmp_path / "folder").mkdir()
+    link, loop = tmp_path / "link.pt2", tmp_path / "loop.pt2"
+    link.symlink_to(tmp_path / "folder" / "model.pt2")
+    loop.symlink_to(loop)
+    export(result("all"), None, link)
+    assert link.is_symlink() and load(link).plan == load(tmp_path / "folder" / "model.pt2").plan == planned()[0]
+    for read in (load, lambda path: vmeanba_fx.apply_plan(planned()[1], path, k=1)):
+        for path in (loop, "a\0b"):
+            with pytest.raises(vmeanba_fx.VMeanbaError, match="cannot read"):
+                read(path)
+    for path in (loop, "a\0b"):
+        with pytest.raises(OSError, match="cannot write"):
+            planned()[0].save(path)
 
 
 def test_a_read_only_folder(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ from .confinement import one_at_a_time
 from .copies import device_of
 from .errors import ExportError, PlanError, VMeanbaError
 from .export_formats import FORMS, write_aoti, write_onnx, write_pt2
-from .files import parse_json, unwritable
+from .files import BAD_PATH, parse_json, reason, unwritable
 from .graph import copy_graph, graph_modules
 from .ops.chunked import Form
 from .ops.decompositions import decompose
@@ -120,7 +120,7 @@ def export(
     args, kwargs = _inputs(gm, example_inputs)
     _refuse_dynamic_size(gm, format)
     extra = _extra(gm)
-    with _new_file(Path(path)) as name:
+    with _new_file(Path(path).resolve()) as name:
         program = _program(gm, args, kwargs, FORMS.get(format))
         try:
             with warnings.catch_warnings(), torch.no_grad():  # with gradients, torch gives loops further results
@@ -146,8 +146,8 @@ def load(path: str | os.PathLike[str]) -> Loaded:
     """
     try:
         content = Path(path).read_bytes()
-    except OSError as error:
-        raise ExportError(f"cannot read {path}: {error.strerror or error}") from None
+    except BAD_PATH as error:
+        raise ExportError(f"cannot read {path}: {reason(error)}") from None
     program, extra = read_program(content, str(path))
     try:
         gm = reopened(program)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -11,6 +12,8 @@ from typing import Any
 
 from .errors import PlanError
 
+# What the file system, a loop of links (before Python 3.13), and a name with a zero byte raise.
+BAD_PATH = (OSError, RuntimeError, ValueError)
 _MAX_BYTES = 4 * 2**20
 _MAX_DEPTH = 32
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
@@ -25,8 +28,8 @@ def read_json(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             text = file.read(_MAX_BYTES + 1)
-    except OSError as error:
-        raise PlanError(f"cannot read {what} {path}: {error.strerror or error}") from None
+    except BAD_PATH as error:
+        raise PlanError(f"cannot read {what} {path}: {reason(error)}") from None
     return parse_json(text, f"{what} {path}", what)
 
 
@@ -52,29 +55,37 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a number")
 
 
+def reason(error: Exception) -> str:
+    """What is wrong with a path, without the path."""
+    return str(getattr(error, "strerror", None) or error)
+
+
 def unwritable(target: Path) -> str | None:
-    """Why no file can be made at ``target``; None where one can."""
-    folder = target.resolve().parent
-    if not folder.is_dir():
-        return f"cannot write {target}: there is no folder {folder}"
-    if target.is_dir():
-        return f"cannot write {target}: that is a folder"
+    """Why no file can be made at ``target``, or where it links to; None where one can."""
+    try:
+        folder = target.resolve().parent
+        if not folder.is_dir():
+            return f"cannot write {target}: there is no folder {folder}"
+        if target.is_dir():
+            return f"cannot write {target}: that is a folder"
+    except BAD_PATH as error:
+        return f"cannot write {str(target)[:200]!r}: {reason(error)}"
     return None if os.access(folder, os.W_OK) else f"cannot write {target}: the folder {folder} is not writable"
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` beside ``path`` and move it there: the old file stays whole until the new one is.
+    """Write ``text`` beside ``path``, links followed, and move it there: the old file stays whole until the new one is.
 
     Raises:
         OSError: the folder is missing, read-only or full; names the path.
     """
-    target = Path(path)
-    # Not tempfile.mkstemp: it makes files that nobody else may read.
-    name = target.parent / f".{target.name}.{secrets.token_hex(4)}"
     try:
+        target = Path(path).resolve()
+        # Not tempfile.mkstemp: it makes files that nobody else may read.
+        name = target.parent / f".{target.name}.{secrets.token_hex(4)}"
         handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write {target}: {error.strerror}") from None
+    except BAD_PATH as error:
+        raise OSError(getattr(error, "errno", errno.EINVAL), f"cannot write {path}: {reason(error)}") from None
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)

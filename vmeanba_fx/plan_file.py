@@ -121,6 +121,8 @@ def _site(d: Any) -> Site:
     for name, ok in _FIELDS.items():
         if not ok(d[name]):
             raise ValueError(f"a site whose {name} is {d[name]!r}")
+    if min(d[name] for name in ("groups", "channels", "state", "length")) < 1:
+        raise ValueError(f"a site of no size, {d['name']!r}")
     return Site(**d)
 
 
