@@ -1,4 +1,4 @@
-"""Exact: steps that change nothing go: inert dropout, casts to the same dtype, repeated copies, permutations that cancel.
+"""Exact: steps that change nothing go: inert dropout, casts to the same dtype, repeated copies, full slices, permutations.
 
 Before::
 
@@ -17,6 +17,7 @@ After::
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ def _same_value(node: fx.Node) -> Any:
     """A node that holds what ``node`` computes, or None."""
     if node.target is aten.dropout.default and not node.args[2]:
         return node.args[0]
+    if node.target is aten.slice.Tensor and not node.kwargs and _takes_all(*node.args[2:]):
+        return node.args[0]
     if node.target is aten.to.dtype and len(node.args) == 2 and value(node.args[0]).dtype == node.args[1]:
         return node.args[0]
     if node.target in _COPIES and not node.kwargs and len(node.args) == 1:
@@ -51,6 +54,11 @@ def _same_value(node: fx.Node) -> Any:
     if node.target is aten.permute.default:
         return _without_inverse(node)
     return None
+
+
+def _takes_all(start: Any = None, end: Any = None, step: Any = 1) -> bool:
+    """Whether a slice is ``x[:]``, which traces hold for each ``:`` of an index."""
+    return start in (None, 0) and end in (None, sys.maxsize) and step == 1
 
 
 def _without_inverse(node: fx.Node) -> Any:

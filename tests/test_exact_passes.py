@@ -1,6 +1,7 @@
 """The exact passes change no result, leave nothing of what they claim to remove, and leave near misses alone."""
 
 import functools
+import sys
 
 import pytest
 import torch
@@ -327,3 +328,13 @@ def test_convolutions_have_their_weights_in_the_layout_of_their_maps():
     assert torch.equal(weight, before) and isinstance(weight, nn.Parameter)
     exported = torch.export.export(gm, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
     assert torch.equal(exported(x[:1]), gm(x[:1]))
+
+
+def test_slices_that_take_all_go():
+    plan, _ = planned("v0", torch.float32)
+    bounds = [
+        [n.args[2:] for n in gm.graph.nodes if n.target is torch.ops.aten.slice.Tensor]
+        for gm in (plan.apply(0, skip_passes=EXACT), plan.apply(0))
+    ]
+    assert (0, sys.maxsize) in bounds[0] and (0, sys.maxsize) not in bounds[1]
+    assert (1, sys.maxsize, 2) in bounds[1]
