@@ -92,7 +92,7 @@ def vmamba_tiny(module, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, Tenso
 
 def vanilla_vmamba_tiny(module, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, Tensor]:
     """The first version: 16 states, twice the channels, no MLP."""
-    own = make_scan_matter(models.vanilla_vmamba_tiny()).eval()
+    own = make_scan_matter(models.vanilla_vmamba_tiny(), out_gain=1.0).eval()
     return own, module.vanilla_vmamba_tiny().eval(), torch.randn(1, 3, 224, 224)
 
 
