@@ -219,6 +219,8 @@ HOSTILE = {
     "missing field of a site": (lambda c: c["sites"][0].pop("groups"), "missing or unknown fields"),
     "text for a number": (assign("sites", 0, "groups", value="4"), "groups is '4'"),
     "flag for a number": (assign("sites", 0, "length", value=True), "length is True"),
+    "site of no state": (assign("sites", 0, "state", value=0), "a site of no size"),
+    "site of less than no channels": (assign("sites", 0, "channels", value=-5), "a site of no size"),
     "too few scores": (lambda c: c["scores"].pop(), "3 scores for 4 sites"),
     "too many tiebreaks": (lambda c: c["tiebreaks"].append(0.0), "5 tiebreaks for 4 sites"),
     "infinite score": (assign("scores", 0, value=1e999), "damaged|finite"),
