@@ -83,3 +83,12 @@ def test_neighbours_are_compared_image_by_image():
 def test_spearman(a, b, expected):
     found = spearman(a, b)
     assert found is None if expected is None else found == pytest.approx(expected)
+
+
+def test_few_samples_widen_the_interval():
+    """The bootstrap's variance of a mean is too small by (n - 1) / n."""
+    counts, values = torch.ones(4, dtype=torch.float64), torch.tensor([[0.0], [1.0], [2.0], [5.0]], dtype=torch.float64)
+    tails = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = torch.quantile(resampled_means(counts, values)[:, 0], tails).tolist()
+    [(a, b)] = intervals(counts, values)
+    assert b - a == pytest.approx((high - low) * (4 / 3) ** 0.5, rel=1e-4)

@@ -152,6 +152,10 @@ def test_the_ridge_is_judged_on_the_other_half():
     chosen, _ = fitted(rows, layout, 2, ridges=(1e-9, 10.0))
     small, _ = fitted(rows, layout, 2, ridges=(1e-9,))
     assert predicted(chosen, rows, layout).std() < 0.5 * predicted(small, rows, layout).std()
+    plain = rows_of(4, 6, noise=0.0)  # nothing but the map itself: now the smallest errs least
+    chosen, _ = fitted(plain, layout, 6, ridges=(1e-9, 10.0))
+    left = predicted(chosen, plain, layout) - plain[0, :, layout.y]
+    assert left.abs().max() < 1e-4
 
 
 # -- refitted linear layers -------------------------------------------------------------------------------------------

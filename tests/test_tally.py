@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vmeanba_fx import tally
-from vmeanba_fx.tally import Tally, Units
+from vmeanba_fx.tally import Tally, Units, half_of
 
 
 def values(n, columns=2, seed=0):
@@ -71,3 +71,11 @@ def test_damage_is_noticed(damage):
     good.add(values(3), 1)
     with pytest.raises((KeyError, TypeError, ValueError)):
         Tally.from_dict(good.to_dict() | damage, 2)
+
+
+def test_every_second_batch_is_held_out():
+    values, nothing = torch.ones(2, 3), (2, 0)
+    ranking, held_out = half_of(2, values, 1, 4)
+    assert ranking is values and held_out.shape == nothing
+    ranking, held_out = half_of(3, values, 1, 4)
+    assert ranking.shape == nothing and held_out is values
