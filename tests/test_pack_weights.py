@@ -102,3 +102,19 @@ def test_refusals(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with pytest.raises(vmeanba_fx.GraphCheckError, match="no oneDNN"):
         vmeanba_fx.pack_weights(plan.apply(0))
+
+
+def test_packed_graphs_only_run(tmp_path):
+    plan, x = planned("v05_noz", torch.float32)
+    packed = vmeanba_fx.pack_weights(plan.apply(0))
+    before = targets(packed)
+    steps = {
+        "pack": lambda: vmeanba_fx.pack_weights(packed),
+        "bake": lambda: vmeanba_fx.bake_autocast(packed, torch.bfloat16),
+        "transform": lambda: vmeanba_fx.transform(packed, [x], k=0),
+        "export": lambda: vmeanba_fx.export(packed, x, tmp_path / "packed.pt2"),
+    }
+    for step in steps.values():
+        with pytest.raises(vmeanba_fx.VMeanbaError, match=r"^weights packed"):
+            step()
+    assert targets(packed) == before and not list(tmp_path.iterdir())

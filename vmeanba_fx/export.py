@@ -281,10 +281,10 @@ def _program(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], 
     for name, value in zip(names, pytree.tree_leaves((args, kwargs)), strict=True):
         if name in dims:
             shapes[value] = dims[name]
+    graph = copy_graph(gm)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            graph = copy_graph(gm)
             if form is not None:
                 decompose(graph, form)
             return torch.export.export(graph, args, kwargs, dynamic_shapes=shapes if dims else None, strict=False)

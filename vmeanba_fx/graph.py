@@ -14,6 +14,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 
+from .errors import GraphCheckError
 from .ops import last_state as _last_state  # noqa: F401  registers torch.ops.vmeanba_fx.*
 
 aten = torch.ops.aten
@@ -36,7 +37,13 @@ def graph_modules(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """A deep copy, without the warning torch 2.13 gives about its own deprecated tree specs."""
+    """A deep copy, without the warning torch 2.13 gives about its own deprecated tree specs.
+
+    Raises:
+        GraphCheckError: the weights are packed for a CPU.
+    """
+    if any(t.is_mkldnn for t in gm.buffers()):
+        raise GraphCheckError("weights packed by pack_weights can only run: start from the graph that they were packed from")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return copy.deepcopy(gm)
