@@ -6,12 +6,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import vmeanba_fx
 from tests import zoo
 from tests.test_capture import StaticBatch
 from vmeanba_fx import CalibrationError, CaptureError, NoSitesError, PassError, SiteError, calibrate
+from vmeanba_fx.metrics import IGNORED, Batch, resolve_metric
 
 LOADER = zoo.labelled(3, 4)
 
@@ -192,6 +194,18 @@ def test_labels_that_do_not_fit(captured):
         for label in (-1, 7, 255):
             with pytest.raises(CalibrationError, match=rf"labels lie between .*{label}.* the classes 0 to 6"):
                 calibrate(captured, [(zoo.images(4), torch.tensor([1, 2, 3, label]))], metric=metric)
+
+
+def test_labels_to_be_ignored_count_for_nothing():
+    scores = torch.randn(2, 5, 3, 4)
+    labels = torch.randint(5, (2, 3, 4))
+    labels[0, :2], labels[1] = IGNORED, IGNORED
+    batch = Batch((scores,), labels=labels)
+    seen = {name: resolve_metric(name, True).compute(scores, batch, None) for name in ("accuracy", "loss")}
+    left = scores[0, :, 2], labels[0, 2]
+    expected = (left[0].argmax(0) == left[1]).double().mean(), F.cross_entropy(left[0].T.double(), left[1])
+    torch.testing.assert_close(seen["accuracy"], torch.stack([expected[0], torch.zeros_like(expected[0])]))
+    torch.testing.assert_close(seen["loss"], torch.stack([expected[1], torch.zeros_like(expected[1])]))
 
 
 def test_labels_of_any_whole_type_are_class_numbers(captured):

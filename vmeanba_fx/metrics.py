@@ -17,6 +17,8 @@ from .errors import CalibrationError
 __all__ = ["Batch", "Metric", "resolve_metric"]
 
 _LABEL_KEYS = ("labels", "label", "targets", "target", "y")
+IGNORED = -100
+"""The label of what is left out of accuracy and loss, as in torch's cross entropy."""
 
 
 @dataclass(frozen=True)
@@ -133,11 +135,6 @@ def class_scores(outputs: Any) -> Tensor:
     return scores.double()
 
 
-def per_sample(values: Tensor) -> Tensor:
-    """Mean over every dimension but the first, in float64."""
-    return values.double().flatten(1).mean(1) if values.dim() > 1 else values.double()
-
-
 def _class_numbers(scores: Tensor, labels: Any) -> Tensor:
     """Labels that fit the scores (B, classes, ...); a comparison of other shapes or kinds would give nonsense."""
     expected, classes = (*scores.shape[:1], *scores.shape[2:]), scores.shape[1]
@@ -149,29 +146,37 @@ def _class_numbers(scores: Tensor, labels: Any) -> Tensor:
             f"{tuple(scores.shape)}, got {got}: pass transform_fn, or a metric of your own"
         )
     labels = labels.long()
-    low, high = (int(edge) for edge in labels.aminmax())
-    if low < 0 or high >= classes:
+    counted = labels[labels != IGNORED]
+    if counted.numel() and (int(counted.min()) < 0 or int(counted.max()) >= classes):
         raise CalibrationError(
-            f"labels lie between {low} and {high}, but the model has the classes 0 to {classes - 1}: pass transform_fn, or a "
-            "metric of your own where some are to be ignored"
+            f"labels lie between {int(counted.min())} and {int(counted.max())}, but the model has the classes 0 to "
+            f"{classes - 1}: pass transform_fn; {IGNORED} marks what is to be ignored"
         )
     return labels
 
 
+def _mean_of_labelled(values: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the positions of each sample whose label counts; 0 where none does."""
+    counts = (labels != IGNORED).double().reshape(len(labels), -1)
+    return (values.double().reshape(counts.shape) * counts).sum(1) / counts.sum(1).clamp_min(1.0)
+
+
 def _accuracy(outputs: Any, batch: Batch, _: Any) -> Tensor:
     scores = class_scores(outputs)
-    return per_sample(scores.argmax(1) == _class_numbers(scores, batch.labels))
+    labels = _class_numbers(scores, batch.labels)
+    return _mean_of_labelled(scores.argmax(1) == labels, labels)
 
 
 def _loss(outputs: Any, batch: Batch, _: Any) -> Tensor:
     scores = class_scores(outputs)
-    return per_sample(F.cross_entropy(scores, _class_numbers(scores, batch.labels), reduction="none"))
+    labels = _class_numbers(scores, batch.labels)
+    return _mean_of_labelled(F.cross_entropy(scores, labels, reduction="none", ignore_index=IGNORED), labels)
 
 
 def kl(outputs: Any, base: Any) -> Tensor:
     """KL(original || rewritten) of the class distributions, one value per sample; no labels needed."""
     new, old = F.log_softmax(class_scores(outputs), 1), F.log_softmax(class_scores(base), 1)
-    return per_sample((old.exp() * (old - new)).sum(1))
+    return (old.exp() * (old - new)).sum(1).reshape(len(new), -1).mean(1)
 
 
 def _kl(outputs: Any, _: Batch, base: Any) -> Tensor:
