@@ -26,8 +26,7 @@ from tqdm.auto import tqdm
 
 import vmeanba_fx
 from vmeanba_fx import models
-
-IGNORED = -100  # what torch's cross entropy leaves out
+from vmeanba_fx.metrics import IGNORED
 
 
 class Scenes(Dataset):

@@ -7,10 +7,11 @@ an effect. The scan runs in one direction, over rows of patches.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from vim import Direction
+from vim import Direction, Patches
 
 
 class Mixer(nn.Module):
@@ -56,24 +57,15 @@ class Block(nn.Module):
         return x + self.mlp(x)
 
 
-class MambaVision(nn.Module):
-    """Grey images (B, 1, size, size) -> logits (B, classes)."""
+class MambaVision(Patches):
+    """See :class:`vim.Patches`."""
 
     def __init__(
         self, mixers: int = 4, attention: int = 4, conv: int = 3, *, dim: int = 64, state: int = 8, heads: int = 4,
-        size: int = 32, patch: int = 4, classes: int = 10,
+        **images: int,
     ) -> None:  # fmt: skip
-        super().__init__()
-        self.embed = nn.Conv2d(1, dim, patch, patch)
-        self.place = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2, dim))
-        parts = [Mixer(dim, state, conv) for _ in range(mixers)] + [Attention(dim, heads) for _ in range(attention)]
-        self.blocks = nn.Sequential(*(Block(dim, part) for part in parts))
-        self.last_norm = nn.LayerNorm(dim)
-        self.readout = nn.Linear(dim, classes)
+        def blocks() -> Iterator[Block]:
+            yield from (Block(dim, Mixer(dim, state, conv)) for _ in range(mixers))
+            yield from (Block(dim, Attention(dim, heads)) for _ in range(attention))
 
-    def tokens(self, x: Tensor) -> Tensor:
-        """What the blocks make of the patches, (B, L, dim)."""
-        return self.blocks(self.embed(x).flatten(2).transpose(1, 2) + self.place)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.readout(self.last_norm(self.tokens(x)).mean(1))
+        super().__init__(blocks, dim, **images)

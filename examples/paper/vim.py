@@ -7,6 +7,7 @@ mix positions.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -53,14 +54,16 @@ class VimBlock(nn.Module):
         return x + self.out_proj(y.transpose(1, 2))
 
 
-class Vim(nn.Module):
-    """Grey images (B, 1, size, size) -> logits (B, classes)."""
+class Patches(nn.Module):
+    """Grey images (B, 1, size, size) -> logits (B, classes), by blocks (B, L, dim) -> the same on the sequence of patches."""
 
-    def __init__(self, dim: int = 32, depth: int = 3, size: int = 32, patch: int = 4, classes: int = 10) -> None:
+    def __init__(
+        self, make_blocks: Callable[[], Iterable[nn.Module]], dim: int, size: int = 32, patch: int = 4, classes: int = 10
+    ) -> None:
         super().__init__()
         self.embed = nn.Conv2d(1, dim, patch, patch)
         self.place = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2, dim))
-        self.blocks = nn.Sequential(*(VimBlock(dim) for _ in range(depth)))
+        self.blocks = nn.Sequential(*make_blocks())
         self.last_norm = nn.LayerNorm(dim)
         self.readout = nn.Linear(dim, classes)
 
@@ -70,3 +73,10 @@ class Vim(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.readout(self.last_norm(self.tokens(x)).mean(1))
+
+
+class Vim(Patches):
+    """See :class:`Patches`."""
+
+    def __init__(self, dim: int = 32, depth: int = 3, **images: int) -> None:
+        super().__init__(lambda: (VimBlock(dim) for _ in range(depth)), dim, **images)
