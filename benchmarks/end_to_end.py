@@ -7,6 +7,10 @@ events; memory is the peak that the forward allocates beyond the weights.
         --model vmamba_tiny_s1l8 --batch 128 --precision amp16 --compile --out benchmarks/results
 
 Without ``--official`` the baseline is this package's own VMamba, whose outputs equal the official ones.
+
+Most of the time goes into compiling. Several runs, with a part of the variants each, can share a card and a table: with
+``--lock FILE`` they build and compile beside each other and use the card one at a time; each row replaces its predecessor in
+the table.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ import csv
 import fcntl
 import importlib.util
 import json
+import os
+import re
 import sys
 import time
 import types
@@ -31,6 +37,7 @@ from unittest import mock
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch._inductor.compile_fx import compile_fx
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -42,19 +49,18 @@ PRECISIONS = {"fp32": None, "amp16": torch.float16, "ampbf16": torch.bfloat16}
 # Error of a whole network against the same function in fp32 without TF32, relative in the 2-norm. The rounding step of
 # bfloat16 is 8 times that of float16.
 LIMITS = {"fp32": 1e-2, "amp16": 2e-2, "ampbf16": 16e-2}
+FIELDS = ("model", "precision", "batch", "variant", "mode", "ms", "images/s", "peak MiB", "error")
+FORMATS = ("", "", "", "", "", ".2f", ".0f", ".0f", ".1e")
 
 
 def main() -> None:
     args = parse()
-    rows: list[dict[str, Any]] = []
     for name in args.model:
         for precision in args.precision:
             for row in measure(args, name, precision):
-                rows.append(row)
                 print(json.dumps(row), flush=True)
                 if args.out:
-                    write(rows, Path(args.out), args.tag)
-    print(tabulate(rows, headers="keys", floatfmt=".2f"))
+                    write(row, Path(args.out), args.tag)
 
 
 def parse() -> argparse.Namespace:
@@ -72,13 +78,14 @@ def parse() -> argparse.Namespace:
     p.add_argument("--graph", action="store_true", help="time the replay of each as a CUDA graph as well")
     p.add_argument("--ours", nargs="+", choices=("autocast", "baked", "half"), default=["baked"],
                    help="how our graphs run in 16 bits: under autocast, with it baked in, or all in half")  # fmt: skip
+    p.add_argument("--rank", nargs="*", type=int, default=[], help="replace sites by a scan of this rank as well")
     p.add_argument("--skip-official", action="store_true")
     p.add_argument("--skip-official-compile", action="store_true")
     p.add_argument("--skip-eager", action="store_true")
     p.add_argument("--seconds", type=float, default=1.0, help="timing budget of each variant")
-    p.add_argument("--lock", help="file that several runs on one GPU share, so that they time one at a time")
+    p.add_argument("--lock", help="file that several runs on one GPU share, so that they use it one at a time")
     p.add_argument("--profile", action="store_true", help="print the ten slowest kernels of every timed variant")
-    p.add_argument("--out", help="folder for CSV, Markdown and JSON")
+    p.add_argument("--out", help="folder of the table (CSV and Markdown)")
     p.add_argument("--tag", default="", help="added to the file names")
     return p.parse_args()
 
@@ -95,20 +102,45 @@ class Variant:
     ours: bool = True
 
 
+class Turn:
+    """Whose turn it is on the card, where several runs share it: one holds a lock on a file, and goes before on the CPU too."""
+
+    def __init__(self, path: str | None) -> None:
+        self.file = open(path, "w") if path else None
+
+    def take(self) -> None:
+        if self.file:
+            fcntl.flock(self.file, fcntl.LOCK_EX)
+            self._priority(-10)
+
+    def give(self) -> None:
+        if self.file:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            self._priority(0)
+            fcntl.flock(self.file, fcntl.LOCK_UN)
+
+    def _priority(self, nice: int) -> None:
+        with contextlib.suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, 0, nice)
+
+
 def measure(args: argparse.Namespace, name: str, precision: str) -> Iterator[dict[str, Any]]:
     """One row after the other, so that a run that is cut short has written what it measured."""
     dtype = PRECISIONS[precision]
     module = load_official(args.official, args.scan_extension) if args.official else models
-    with locked(args.lock, fcntl.LOCK_SH):
-        variants = build(args, module, name, dtype)
+    variants = build(args, module, name, dtype)
+    turn = Turn(args.lock)
     for batch in args.batch:
-        images = torch.randn(batch, 3, args.size, args.size).cuda()
         for v in variants:
+            turn.take()
+            images = torch.randn(batch, 3, args.size, args.size).cuda()
             allow_tf32(False)
-            with locked(args.lock, fcntl.LOCK_SH), torch.inference_mode():
-                expected = v.reference(images)
+            with torch.inference_mode():
+                expected = v.reference.cuda()(images)
             allow_tf32(True)
-            for mode, run in modes(args, v, module):
+            v.model.cuda()
+            for mode, run in modes(args, v, module, turn):
                 # A cache of cast weights must not be filled in a graph's capture; compiled models have none.
                 autocast = torch.autocast("cuda", dtype or torch.float16, v.autocast, cache_enabled=mode == "eager")
                 row = {"model": name, "precision": precision, "batch": batch, "variant": v.label, "mode": mode}
@@ -117,30 +149,40 @@ def measure(args: argparse.Namespace, name: str, precision: str) -> Iterator[dic
                         row |= one_row(args, run, images.to(v.dtype), expected, LIMITS[precision])
                 except RuntimeError as error:
                     row["images/s"] = f"failed: {str(error).splitlines()[0][:60]}"
+                turn.give()
                 yield row
 
 
 def build(args: argparse.Namespace, module: types.ModuleType, name: str, dtype: torch.dtype | None) -> list[Variant]:
+    """The variants, on the CPU: another run may have its turn on the card."""
     torch.manual_seed(0)
-    own = make_scan_matter(getattr(models, name)()).cuda().eval()
-    baseline = getattr(module, name)().cuda().eval()
+    own = make_scan_matter(getattr(models, name)()).eval()
+    baseline = getattr(module, name)().eval()
     baseline.load_state_dict(own.state_dict())
     half = dtype is not None
-    variants = [Variant("official" if args.official else "own model", baseline, baseline, autocast=half, ours=False)]
-    # The ranking needs no data here: sites are replaced from the last backwards, as deep sites matter least.
-    plan = vmeanba_fx.calibrate(own, [torch.randn(2, 3, args.size, args.size, device="cuda")], score_sites=False)
-    sites = [s.name for s in plan.sites]
-    for fraction in args.fractions:
-        k = round(fraction * len(sites))
-        gm = plan.apply(sites=sites[len(sites) - k :]) if k else plan.apply(0)
-        label, reference = f"ours k={k}", gm if k else baseline
-        if not half or "autocast" in args.ours:
-            variants.append(Variant(label, gm, reference, autocast=half))
-        if half and "baked" in args.ours:
-            variants.append(Variant(f"{label}, baked", vmeanba_fx.bake_autocast(gm, dtype), reference))
-        if half and "half" in args.ours:
-            variants.append(Variant(f"{label}, half", copy.deepcopy(gm).to(dtype), reference, dtype))
-    return variants[args.skip_official :]
+    official = Variant("official" if args.official else "own model", baseline, baseline, autocast=half, ours=False)
+    variants = [] if args.skip_official else [official]
+    if not args.fractions:
+        return variants
+    own = vmeanba_fx.capture(own, (torch.randn(2, 3, args.size, args.size),))
+    for reduction in [{"reduce": "mean"}, *({"reduce": "rank", "rank": r} for r in args.rank)]:
+        # The ranking needs no data here: sites are replaced from the last backwards, as deep sites matter least.
+        plan = vmeanba_fx.calibrate(own, [torch.randn(2, 3, args.size, args.size)], score_sites=False, **reduction)
+        sites = [s.name for s in plan.sites]
+        for fraction in args.fractions:
+            k = round(fraction * len(sites))
+            if not k and "rank" in reduction:
+                continue
+            gm = plan.apply(sites=sites[len(sites) - k :]) if k else plan.apply(0)
+            reference = gm if k else baseline
+            label = f"ours k={k}" + (f" rank {reduction['rank']}" if "rank" in reduction else "")
+            if not half or "autocast" in args.ours:
+                variants.append(Variant(label, gm, reference, autocast=half))
+            if half and "baked" in args.ours:
+                variants.append(Variant(f"{label}, baked", vmeanba_fx.bake_autocast(gm, dtype), reference))
+            if half and "half" in args.ours:
+                variants.append(Variant(f"{label}, half", copy.deepcopy(gm).to(dtype), reference, dtype))
+    return variants
 
 
 def allow_tf32(allowed: bool) -> None:
@@ -152,46 +194,49 @@ def one_row(
     args: argparse.Namespace, run: Callable[[Tensor], Tensor], images: Tensor, expected: Tensor, limit: float
 ) -> dict[str, Any]:
     """Check, then time."""
-    with locked(args.lock, fcntl.LOCK_SH):
-        error = relative(run(images).float(), expected)
+    error = relative(run(images).float(), expected)
     if not error <= limit:
         return {"error": error, "ms": float("nan"), "images/s": "WRONG NUMBERS"}
-    with locked(args.lock, fcntl.LOCK_EX):
-        ms, peak = timed(run, images, args.seconds)
-        if isinstance(run, GraphReplay):  # it has allocated everything beforehand
-            peak = float("nan")
-        if args.profile:
-            print(slowest_kernels(run, images), flush=True)
-    return {"error": error, "ms": ms, "peak MiB": peak, "images/s": f"{1e3 * len(images) / ms:.0f}"}
-
-
-@contextlib.contextmanager
-def locked(path: str | None, kind: int) -> Iterator[None]:
-    """Several runs on one GPU compile together, and time one at a time while nothing else runs."""
-    if path is None:
-        yield
-        return
-    with open(path, "w") as file:
-        fcntl.flock(file, kind)
-        yield
+    ms, peak = timed(run, images, args.seconds)
+    if args.profile:
+        print(slowest_kernels(run, images), flush=True)
+    row = {"error": error, "ms": ms, "images/s": f"{1e3 * len(images) / ms:.0f}"}
+    # A graph has allocated everything beforehand.
+    return row if isinstance(run, GraphReplay) else row | {"peak MiB": peak}
 
 
 def modes(
-    args: argparse.Namespace, v: Variant, module: types.ModuleType
+    args: argparse.Namespace, v: Variant, module: types.ModuleType, turn: Turn
 ) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-    """The ways to run a variant; with ``--graph`` each is timed replayed as a CUDA graph as well."""
+    """The ways to run a variant; with ``--graph`` each is timed replayed as a CUDA graph as well.
+
+    Each has the turn on the card when it runs there. What is compiled takes it once it is compiled, before its first kernel
+    runs: inductor times configurations of a kernel on its first run.
+    """
     if not args.skip_eager:
+        turn.take()
         yield "eager", v.model
         if args.graph:
+            turn.take()
             yield "eager, CUDA graph", GraphReplay(v.model)
+    turn.give()
     if not args.compile or (args.skip_official_compile and not v.ours):
         return
+    options = {name: ast.literal_eval(value) for name, value in (o.split("=") for o in args.options)}
+
+    def inductor(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        turn.give()
+        compiled = compile_fx(gm, inputs, config_patches=options)
+        turn.take()
+        return compiled
+
     with scan_as_op(module) if args.official and not v.ours else contextlib.nullcontext():
-        options = {name: ast.literal_eval(value) for name, value in (o.split("=") for o in args.options)}
-        compiled = torch.compile(v.model, fullgraph=v.ours, dynamic=False, options=options or None)
-        yield "compiled", compiled
+        mode = ", ".join(["compiled", *args.options])
+        compiled = torch.compile(v.model, backend=inductor, fullgraph=v.ours, dynamic=False)
+        yield mode, compiled
         if args.graph:
-            yield "compiled, CUDA graph", GraphReplay(compiled)
+            turn.take()
+            yield f"{mode}, CUDA graph", GraphReplay(compiled)
         torch._dynamo.reset()
 
 
@@ -309,16 +354,28 @@ def scan_as_op(module: types.ModuleType) -> Iterator[None]:
         yield
 
 
-def write(rows: list[dict[str, Any]], folder: Path, tag: str) -> None:
+def write(row: dict[str, Any], folder: Path, tag: str) -> None:
+    """Put a row into the table of this card and version, in the place of its predecessor if there is one."""
     folder.mkdir(parents=True, exist_ok=True)
     gpu = torch.cuda.get_device_name().replace(" ", "-")
-    stem = folder / f"end_to_end_{gpu}_torch{torch.__version__.split('+')[0]}{'_' + tag if tag else ''}"
-    fields = ["model", "precision", "batch", "variant", "mode", "ms", "images/s", "peak MiB", "error"]
-    with open(f"{stem}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, fields)
+    stem = f"end_to_end_{gpu}_torch{torch.__version__.split('+')[0]}{'_' + tag if tag else ''}"
+    with open(folder / f"{stem}.csv", "a+", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        rows = {key(old): old for old in [*csv.DictReader(file), row]}
+        file.truncate(0)
+        writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
-        writer.writerows(rows)
-    Path(f"{stem}.md").write_text(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".3g") + "\n")
+        writer.writerows(rows[k] for k in sorted(rows))
+        shown = [[rows[k].get(f, "") for f in FIELDS] for k in sorted(rows)]
+        (folder / f"{stem}.md").write_text(tabulate(shown, FIELDS, tablefmt="github", floatfmt=FORMATS) + "\n")
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row is of, in the order of the table."""
+    k = re.search(r"k=(\d+)", row["variant"])
+    of = row["model"], list(PRECISIONS).index(row["precision"]), -int(row["batch"]), row["mode"]
+    return *of, int(k[1]) if k else -1, row["variant"]
 
 
 if __name__ == "__main__":
