@@ -368,7 +368,9 @@ def write(row: dict[str, Any], folder: Path, tag: str) -> None:
         writer.writeheader()
         writer.writerows(rows[k] for k in sorted(rows))
         shown = [[rows[k].get(f, "") for f in FIELDS] for k in sorted(rows)]
-        (folder / f"{stem}.md").write_text(tabulate(shown, FIELDS, tablefmt="github", floatfmt=FORMATS) + "\n")
+        page = folder / f"{stem}.md"
+        about = page.read_text().partition("| model")[0] if page.exists() else ""  # written by hand
+        page.write_text(about + tabulate(shown, FIELDS, tablefmt="github", floatfmt=FORMATS) + "\n")
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -1,0 +1,78 @@
+"""Compact tables of what end_to_end.py measured: times, speed-ups over the official model, and peak memory.
+
+    python benchmarks/summary.py benchmarks/results/end_to_end_NVIDIA-H200_torch2.11.0_2026-11-27.csv
+
+Writes them beside the CSV, as ``*_summary.md``.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from pathlib import Path
+
+from tabulate import tabulate
+
+PRECISIONS = {"amp16": "fp16", "ampbf16": "bf16", "fp32": "fp32"}
+MODES = {
+    "compiled": "`torch.compile`",
+    "compiled, CUDA graph": "`torch.compile`, replayed as a CUDA graph",
+    "eager": "Eager",
+    "eager, CUDA graph": "Eager, replayed as a CUDA graph",
+    "compiled, allow_buffer_reuse=False": "`torch.compile` with `allow_buffer_reuse=False`",
+}
+SHARES = {"k=0": 0, "k=n/4": 0.25, "k=n/2": 0.5, "k=n": 1}
+HEAD = ("model", "precision", "batch", "official, ms", *SHARES, "peak MiB: official, k=0, k=n")
+Row = dict[str, str]
+
+
+def main() -> None:
+    for path in map(Path, sys.argv[1:]):
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        parts = [f"{title}:\n\n{tabulate(lines, HEAD, tablefmt='github', disable_numparse=True)}\n"
+                 for mode, title in MODES.items() if (lines := summary(rows, mode))]  # fmt: skip
+        path.with_name(f"{path.stem}_summary.md").write_text("\n".join(parts))
+        print("\n".join(parts))
+
+
+def summary(rows: list[Row], mode: str) -> list[list[str]]:
+    """A line for each model, precision and batch: ms, and how many times as fast as the official model in this mode."""
+    lines = []
+    for model, precision, batch in sorted({(r["model"], r["precision"], r["batch"]) for r in rows}, key=order):
+        depth = max(replaced(r) for r in rows if r["model"] == model)
+        of = {replaced(r): r for r in rows if measured(r) == (model, precision, batch, mode)}
+        official = of.get(-1)
+        if official:
+            ours = [of.get(round(share * depth)) for share in SHARES.values()]
+            peaks = [row["peak MiB"] and f"{float(row['peak MiB']):.0f}" for row in (official, ours[0], ours[-1]) if row]
+            short = model.split("_")[1][0].upper()
+            lines.append([short, PRECISIONS[precision], batch, f"{float(official['ms']):.2f}"]
+                         + [cell(row, official) for row in ours] + [", ".join(peaks).strip(", ")])  # fmt: skip
+    return lines
+
+
+def measured(row: Row) -> tuple[str, ...] | None:
+    """What the row is of, if its outputs were right and it is one of the variants that are summed up here."""
+    known = re.fullmatch(r"official|ours k=\d+(, baked)?", row["variant"]) and row["ms"] not in ("", "nan")
+    return (row["model"], row["precision"], row["batch"], row["mode"]) if known else None
+
+
+def replaced(row: Row) -> int:
+    """How many sites are; -1 in the official model."""
+    k = re.search(r"k=(\d+)", row["variant"])
+    return int(k[1]) if k else -1
+
+
+def order(of: tuple[str, str, str]) -> tuple[int, int, int]:
+    model, precision, batch = of
+    return -int(batch), list(PRECISIONS).index(precision), -ord(model.split("_")[1][0])  # tiny, small, base
+
+
+def cell(row: Row | None, official: Row) -> str:
+    return f"{float(row['ms']):.2f} ({float(official['ms']) / float(row['ms']):.2f}x)" if row else ""
+
+
+if __name__ == "__main__":
+    main()
