@@ -111,6 +111,24 @@ def test_paper_scripts(scripts, tmp_path):
     assert float(fields["mean"]) == 0.0 and float(fields["original"]) > 30.0
 
 
+@pytest.mark.slow
+def test_held_out_images_took_no_part_in_calibration(scripts, tmp_path):
+    generator = np.random.default_rng(0)
+    split = {"images": generator.integers(0, 256, (6000, 28, 28), dtype=np.uint8), "labels": generator.integers(0, 10, 6000)}
+    data = tmp_path / "data.npz"
+    np.savez(data, **{f"fashion_{where}_{key}": values for where in ("train", "test") for key, values in split.items()})
+    argv = ["--quick", "--device", "cpu", "--out", tmp_path, "--data", data, "--tasks", "scan_v05_fashion", "--seeds", 0]
+    scripts("held_out", *argv, "--ks", 3)
+    table = (tmp_path / "held_out.md").read_text(encoding="utf-8")
+    lines = [[cell.strip() for cell in line.split("|")] for line in table.splitlines() if "| difference" in line]
+    assert [line[4] for line in lines] == ["0.00"] * 4  # with all sites replaced, scores make no difference
+
+    common = importlib.import_module("common")
+    used = {int(i) for seed in common.SEEDS for i in common.subset(6000, common.CALIBRATION_IMAGES, True, seed)}
+    free = common.subset(6000, 16, True, common.HELD_OUT).tolist()
+    assert len(free) == 16 and not used & set(free)
+
+
 def test_paper_recipe(scripts, tmp_path, capsys):
     argv = ["--quick", "--device", "cpu", "--out", tmp_path, "--checkpoints", tmp_path, "--only", "scan_v05_digits"]
     scripts("train_scan_dependent", *argv)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from common import RESULTS, SHORT, TASKS, read_csv, write_markdown
-from curves import cell, collected
+from common import SHORT, TASKS
+from curves import collected
 from frontier import ALL, FULL_SIZE, joined
+from results import RESULTS, cell, read_csv, write_markdown
 
 ABSOLUTE = [("v05", {5: 0.15, 7: 0.25, 10: 1.0}), ("v0", {7: 0.2, 10: 0.4})]
 RELATIVE = ("deep", "segmentation", "segmentation_scans")

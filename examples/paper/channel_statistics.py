@@ -9,11 +9,13 @@ explain (principal components of each scan direction: a bound for every way of s
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import TASKS, Task, drawn, parser, pick, read_csv, write_csv, write_markdown
+from common import TASKS, Task, pick
+from results import drawn, parser, read_csv, write_csv, write_markdown
 from torch import Tensor, fx
 from vmeanba_fx.passes.mean_scan import mean_scan_tensors, scan_arguments
 
@@ -131,7 +133,7 @@ def plot(plt, figures: dict[str, Tensor], path: Path) -> None:
             left.fill_between(range(len(middle)), low, high, color=colour, alpha=0.25, lw=0)
             left.plot(middle, color=colour, lw=1, label=f"image {i + 1}")
             right.hist(image[:, -1].tolist(), bins=30, color=colour, alpha=0.5)
-        left.set_title(title, fontsize=10)
+        left.set_title(textwrap.fill(title, 60), fontsize=10)
         left.set(xlabel="position l in the first scan direction", ylabel="y over the channels")
         right.set_title(f"at l = {y.shape[-1] - 1}", fontsize=10)
         right.set(xlabel="y", ylabel="channels")

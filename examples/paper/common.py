@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: the trained models, their data and measures, and the files of results.
+"""What the experiments share: the trained models, their data, measures and ways of replacement. (Files: results.py.)
 
 The data is one of
 
@@ -11,15 +11,11 @@ The data is one of
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import functools
 import os
-import platform
 import re
-import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +24,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from mambavision import MambaVision
+from results import ROOT
 from scenes import CLASSES, compose
-from tabulate import tabulate
 from torch import Tensor, nn
 from vim import Vim
 
@@ -37,10 +33,7 @@ import vmeanba_fx
 from vmeanba_fx import models
 from vmeanba_fx.data import FASHION_MEAN, FASHION_STD, FashionMNIST, load_digits_images
 
-ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINTS = Path(os.environ.get("VMEANBA_CHECKPOINTS", Path(__file__).resolve().parent / "checkpoints"))
-RESULTS = ROOT / "docs" / "results"
-FASHION = "/usr/share/datasets/fashion-mnist"
 SHARED = Path(os.environ.get("VMEANBA_WEIGHTS", ROOT.parent / "shared" / "weights"))
 
 
@@ -121,10 +114,20 @@ def digits_images(images: Tensor, size: int = 32) -> Tensor:
     return F.interpolate(images[:, None], size=(size, size), mode="bilinear", align_corners=False)
 
 
+HELD_OUT = -1
+"""As a seed: training images that are in no calibration set of `SEEDS` with up to `CALIBRATION_IMAGES` images."""
+SEEDS, CALIBRATION_IMAGES = (0, 1, 2), 4000
+
+
 def subset(total: int, count: int, train: bool, seed: int) -> Tensor:
     """Which images: of the test split always the first, of the training split a random choice."""
     if not train:
         return torch.arange(min(count, total))
+    if seed == HELD_OUT:
+        free = torch.ones(total, dtype=torch.bool)
+        for other in SEEDS:
+            free[subset(total, CALIBRATION_IMAGES, True, other)] = False
+        return free.nonzero()[:count, 0]
     return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]
 
 
@@ -327,74 +330,3 @@ class Study:
 
     def apply(self, variant: Variant, k: int) -> nn.Module:
         return self.plan(variant).apply(k, skip_passes=self.skipped, **variant.apply)
-
-
-# -- arguments and results --------------------------------------------------------------------------------------------
-
-
-def parser(doc: str) -> argparse.ArgumentParser:
-    """The options that all scripts have."""
-    p = argparse.ArgumentParser(description=doc.splitlines()[0])
-    p.add_argument("--data", default=FASHION, help="folder of Fashion-MNIST's idx files, or an .npz file (see common.py)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--out", type=Path, default=RESULTS, help="folder for the results (default: docs/results)")
-    p.add_argument("--quick", action="store_true", help="a few images only, to see that everything runs")
-    return p
-
-
-def provenance() -> str:
-    """Command, machine and date, for the foot of a result."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    command = shlex.join(["python", f"examples/paper/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    return f"`{command}`; {device}, torch {torch.__version__}, {datetime.date.today().isoformat()}"
-
-
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Rows with the same keys. `path` gets a line at its head that says where the numbers come from."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        file.write(f"# {provenance()}\n")
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read_csv(path: Path) -> tuple[list[dict[str, str]], str]:
-    """The rows of `write_csv`, and its line of origin."""
-    with path.open(encoding="utf-8", newline="") as file:
-        origin = file.readline().removeprefix("#").strip()
-        return list(csv.DictReader(file)), origin
-
-
-def markdown(title: str, head: Sequence[str], rows: Iterable[Sequence[Any]], notes: Sequence[str] = ()) -> str:
-    table = tabulate(rows, head, tablefmt="github", disable_numparse=True)
-    return "\n\n".join([f"# {title}", table, *notes]) + "\n"
-
-
-def write_markdown(path: Path, title: str, head: Sequence[str], rows: Iterable[Sequence[Any]], notes: Sequence[str]) -> None:
-    path.write_text(markdown(title, head, rows, notes), encoding="utf-8")
-
-
-def write_tables(path: Path, tables: Iterable[tuple], notes: Sequence[str]) -> None:
-    """Several tables, each with the arguments of `markdown`, in one file; `notes` follow the last."""
-    path.write_text("\n".join([*(markdown(*table) for table in tables), "\n".join(notes) + "\n"]), encoding="utf-8")
-
-
-def drawn(draw: Callable[..., None], *args: Any) -> None:
-    """`draw(pyplot, *args)`, without a screen; where matplotlib is not installed, a hint."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no matplotlib here: draw with --plot-only where it is installed")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    draw(pyplot, *args)
-    pyplot.close("all")
-
-
-def legend_below(figure: Any, columns: int = 5) -> None:
-    """One legend for all axes of a figure with layout="constrained"; a label that several have is shown once."""
-    found = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, fontsize=8)

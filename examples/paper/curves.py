@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import SHORT, TASKS, VARIANTS, Study, Variant, drawn, legend_below, parser, pick, read_csv, write_csv, write_tables
+from common import SEEDS, SHORT, TASKS, VARIANTS, Study, Variant, pick
+from results import cell, drawn, legend_below, panels, parser, read_csv, show_points_lost, write_csv, write_tables
 
 PANELS = {
     "classification": ("v05", "v0", "deep"),
@@ -27,6 +28,8 @@ PANELS = {
     "scan-dependent": ("scan_v05_digits", "scan_v0_digits", "scan_v05_fashion", "scan_v0_fashion"),
     "live": ("scan_live_digits", "scan_vim_digits", "scan_mambavision_digits", "mambavision_fashion"),
 }
+# The tables have all variants; more lines than these lie on top of each other.
+DRAWN = ("mean", "rank1_refit", "rank4_refit", "rank8_refit_all", "rank16_refit", "best")
 
 
 def curve(study: Study, variant: Variant, ks: list[int], until: float) -> list[dict[str, Any]]:
@@ -98,13 +101,6 @@ def collected(folder: Path) -> tuple[dict[str, dict[str, dict[int, list[float]]]
     return drops, bases, origins
 
 
-def cell(values: list[float] | None) -> str:
-    if not values:
-        return ""
-    mean = round(statistics.fmean(values), 2) + 0.0  # no minus zero
-    return f"{mean:.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{mean:.2f}"
-
-
 def tabulated(folder: Path) -> None:
     drops, bases, origins = collected(folder)
     for panel, names in PANELS.items():
@@ -130,30 +126,28 @@ def tabulated(folder: Path) -> None:
 
 
 def plot(plt, path: Path, names: list[str], drops: dict, bases: dict[str, float]) -> None:
-    width = min(len(names), 3) if len(names) != 4 else 2
-    rows = -(-len(names) // width)
-    fig, axes = plt.subplots(rows, width, figsize=(5.0 * width, 3.9 * rows + 0.7), squeeze=False, layout="constrained")
-    for name, ax in zip(names, axes.flat, strict=True):
-        for variant, style in VARIANTS.items():
-            of = drops[name].get(variant)
-            if not of:
-                continue
+    fig, axes = panels(plt, len(names), 0.6)
+    for name, ax in zip(names, axes, strict=True):
+        most = 0.0
+        for variant in (v for v in DRAWN if v in drops[name]):
+            of = {0: [0.0]} | drops[name][variant]
             ks = sorted(of)
-            means = [bases[name] - statistics.fmean(of[k]) for k in ks]
-            low, high = ([bases[name] - pick_one(of[k]) for k in ks] for pick_one in (max, min))
-            line = ax.plot([0, *ks], [bases[name], *means], style.line, label=SHORT[variant], lw=1.5, ms=4)[0]
+            means, low, high = ([pick_one(of[k]) for k in ks] for pick_one in (statistics.fmean, min, max))
+            line = ax.plot(ks, means, VARIANTS[variant].line, label=SHORT[variant], lw=1.5, ms=5)[0]
             ax.fill_between(ks, low, high, color=line.get_color(), alpha=0.15, lw=0)
-        ax.set(title=textwrap.fill(TASKS[name].title, 48), xlabel="K, sites replaced", ylabel=f"test {TASKS[name].measure}, %")
+            most = max(most, *means)
+        show_points_lost(ax, most)
+        measure = f"of {bases[name]:.1f} % {TASKS[name].measure}"
+        ax.set(title=textwrap.fill(TASKS[name].title, 48), xlabel="K, sites replaced", ylabel=f"points lost {measure}")
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.grid(alpha=0.3)
-    legend_below(fig)
+    legend_below(fig, 4)
     fig.savefig(path, dpi=110)
 
 
 def main() -> None:
     p = parser(__doc__)
     p.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    p.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     p.add_argument("--ks", nargs="+", type=int, help="which k (default: a choice that depends on the model)")
     p.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     p.add_argument("--calibration-images", type=int, default=1000, metavar="N")

@@ -6,7 +6,7 @@ Nothing is computed: the graphs run on fake tensors.
 """
 
 import torch
-from common import parser, provenance, write_csv, write_markdown
+from results import parser, provenance, write_csv, write_markdown
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from common import TASKS, batches, parser, pick, provenance, write_csv, write_markdown
+from common import TASKS, batches, pick
+from results import parser, provenance, write_csv, write_markdown
 
 import vmeanba_fx
 

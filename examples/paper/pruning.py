@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import SHORT, TASKS, VARIANTS, Study, parser, pick, read_csv, write_csv, write_tables
+from common import SHORT, TASKS, VARIANTS, Study, pick
+from results import parser, read_by_task, write_csv, write_tables
 from torch import nn
 from torch.nn.utils import prune
 
@@ -70,13 +71,7 @@ def run(study: Study, args: argparse.Namespace, path: Path) -> None:
 
 def tables(folder: Path) -> Iterator[tuple[str, list[str], list[list[str]], list[str]]]:
     """A task each: one line per scope and variant, one column per share; cells are drops against the unpruned original."""
-    found: dict[str, list[dict[str, str]]] = {}
-    origins: dict[str, list[str]] = {}
-    for path in sorted((folder / "pruning").glob("*.csv")):
-        rows, origin = read_csv(path)
-        found.setdefault(rows[0]["task"], []).extend(rows)
-        origins.setdefault(rows[0]["task"], []).append(f"* {path.name}: {origin}")
-    for name, rows in found.items():
+    for name, (rows, origins) in read_by_task(folder / "pruning").items():
         shares = sorted({float(r["pruned"]) for r in rows})
         lines: dict[tuple[str, str, int], dict[float, str]] = {}
         for r in sorted(rows, key=lambda r: SCOPES.index(r["scope"])):
@@ -87,7 +82,7 @@ def tables(folder: Path) -> Iterator[tuple[str, list[str], list[list[str]], list
         ]
         base = float(rows[0]["value"]) + float(rows[0]["drop"])
         title = f"{TASKS[name].title}: {base:.2f} % {TASKS[name].measure}"
-        yield title, ["pruning", "replaced", *(f"{100 * s:.0f} % pruned" for s in shares)], text, ["\n".join(origins[name])]
+        yield title, ["pruning", "replaced", *(f"{100 * s:.0f} % pruned" for s in shares)], text, ["\n".join(origins)]
 
 
 def main() -> None:

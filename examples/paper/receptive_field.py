@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import SHORT, TASKS, VARIANTS, batches, dispensable, drawn, parser, pick, read_csv, write_csv, write_markdown
+from common import SHORT, TASKS, VARIANTS, batches, dispensable, pick
+from results import drawn, parser, read_csv, write_csv, write_markdown
 from torch import Tensor, nn
 
 import vmeanba_fx

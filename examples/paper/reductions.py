@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from channel_statistics import Scans
-from common import TASKS, VARIANTS, Study, parser, pick, read_csv, write_csv, write_tables
+from common import TASKS, VARIANTS, Study, pick
+from results import parser, read_csv, write_csv, write_tables
 from torch import Tensor
 from vmeanba_fx.passes import rank_scan
 from vmeanba_fx.passes.rank_scan import RankFit

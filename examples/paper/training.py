@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import CHECKPOINTS, TASKS, evaluate, parser, write_csv
+from common import CHECKPOINTS, TASKS, evaluate
+from results import parser, write_csv
 from torch import Tensor, nn
 
 from vmeanba_fx.models import save_checkpoint
