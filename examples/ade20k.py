@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 import vmeanba_fx
 from vmeanba_fx import models
-from vmeanba_fx.metrics import IGNORED
+from vmeanba_fx.calibration.metrics import IGNORED
 
 
 class Scenes(Dataset):

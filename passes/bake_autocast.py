@@ -25,8 +25,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from vmeanba_fx.analysis.evaluate import evaluate, is_parameter_only
 from vmeanba_fx.errors import GraphCheckError, PassError
-from vmeanba_fx.evaluate import evaluate, is_parameter_only
 from vmeanba_fx.graph import Emitter, aten, graph_modules, refresh, remove_dead_code, value
 
 from .cleanup import cleanup

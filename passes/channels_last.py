@@ -27,7 +27,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from vmeanba_fx.evaluate import attribute
+from vmeanba_fx.analysis.evaluate import attribute
 from vmeanba_fx.graph import Emitter, arguments, aten, remove_dead_code, value
 
 from .cleanup import cleanup

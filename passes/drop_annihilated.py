@@ -23,8 +23,8 @@ from __future__ import annotations
 
 from torch import fx
 
+from vmeanba_fx.analysis.regions import is_annihilated
 from vmeanba_fx.graph import Emitter, aten, graph_modules, remove_dead_code, value
-from vmeanba_fx.regions import is_annihilated
 
 from .mean_scan import BROADCAST
 

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from vmeanba_fx.cross_scan import CrossScan, Projections, find_cross_scan, find_merge, find_projections
-from vmeanba_fx.evaluate import Unprovable, evaluate, fuse_each
+from vmeanba_fx.analysis.cross_scan import CrossScan, Projections, find_cross_scan, find_merge, find_projections
+from vmeanba_fx.analysis.evaluate import Unprovable, evaluate, fuse_each
 from vmeanba_fx.graph import SITE, Emitter, aten, calls_of, value
 from vmeanba_fx.ops.directions import inverse_table
 

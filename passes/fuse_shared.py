@@ -26,8 +26,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx
 
-from vmeanba_fx.cross_scan import CrossScan, Merge, find_cross_scan, find_merge, find_pointwise, find_read_out
-from vmeanba_fx.evaluate import Unprovable, evaluate, fuse_each, is_parameter_only
+from vmeanba_fx.analysis.cross_scan import CrossScan, Merge, find_cross_scan, find_merge, find_pointwise, find_read_out
+from vmeanba_fx.analysis.evaluate import Unprovable, evaluate, fuse_each, is_parameter_only
 from vmeanba_fx.graph import SITE, Emitter, arguments, aten, calls_of, value
 
 from .fuse_ss2d import channel_first, follow_weights, make_buffer, restore_shape

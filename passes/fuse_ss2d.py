@@ -14,8 +14,8 @@ After (pointwise projections commute with a permutation of positions)::
     feats  = linear(x as (B, H, W, D), x_proj of all directions)   # one GEMM on the un-scanned map
     merged = ss2d(x, feats, dt_projs, A, sum_k D_k, delta_bias, directions=[0, 1, 2, 3])
 
-What the nodes do is found and proved by evaluating them (:mod:`vmeanba_fx.cross_scan`); a site that is not provably this
-pattern stays as it was, and ``node.meta["vmeanba_fx.not_fused"]`` of its scan says why.
+What the nodes do is found and proved by evaluating them (:mod:`vmeanba_fx.analysis.cross_scan`); a site that is not provably
+this pattern stays as it was, and ``node.meta["vmeanba_fx.not_fused"]`` of its scan says why.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from vmeanba_fx.cross_scan import CrossScan, Merge, Projections, find_cross_scan, find_merge, find_projections
-from vmeanba_fx.evaluate import Unprovable, evaluate, fuse_each, is_parameter_only
+from vmeanba_fx.analysis.cross_scan import CrossScan, Merge, Projections, find_cross_scan, find_merge, find_projections
+from vmeanba_fx.analysis.evaluate import Unprovable, evaluate, fuse_each, is_parameter_only
 from vmeanba_fx.graph import SITE, Emitter, aten, scan_nodes, value
 
 from .mean_scan import group_shape, scan_arguments

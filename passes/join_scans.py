@@ -20,8 +20,8 @@ from collections import defaultdict
 
 from torch import fx
 
-from vmeanba_fx.cross_scan import map_behind
-from vmeanba_fx.evaluate import Unprovable, depends_on
+from vmeanba_fx.analysis.cross_scan import map_behind
+from vmeanba_fx.analysis.evaluate import Unprovable, depends_on
 from vmeanba_fx.graph import NOT_FUSED, Emitter, aten, downstream, remove_dead_code, scan_nodes, value
 
 from .fuse_ss2d import fuse_site

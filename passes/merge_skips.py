@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from vmeanba_fx.cross_scan import find_cross_scan, find_merge
-from vmeanba_fx.evaluate import Unprovable
+from vmeanba_fx.analysis.cross_scan import find_cross_scan, find_merge
+from vmeanba_fx.analysis.evaluate import Unprovable
 from vmeanba_fx.graph import NOT_FUSED, SITE, Emitter, aten, remove_dead_code, value
 
 from .drop_annihilated import SKIP

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from vmeanba_fx.analysis.evaluate import attribute, evaluate, is_parameter_only, shape_of
 from vmeanba_fx.errors import GraphCheckError
-from vmeanba_fx.evaluate import attribute, evaluate, is_parameter_only, shape_of
 from vmeanba_fx.graph import Emitter, aten, graph_modules, remove_dead_code, value
 
 NAME = "pack_weights"

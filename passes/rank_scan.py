@@ -4,7 +4,7 @@ Before::
 
     y = vmeanba_fx.selective_scan(u, delta, A, B, C, None, None, delta_bias, True)     # (B, K*D, L)
 
-After, with W (K, r, D), V (K, D, r) and weights w (K, D) that add up to 1, from :mod:`vmeanba_fx.fitting_sites`::
+After, with W (K, r, D), V (K, D, r) and weights w (K, D) that add up to 1, from :mod:`vmeanba_fx.fitting.rank_fits`::
 
     ur     = W @ u                                             # (B, K, r, L)
     delta1 = w . (delta + delta_bias)                          # (B, K, L)
@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, fx
 
 from vmeanba_fx.errors import SiteError
+from vmeanba_fx.fitting.rank_block import RankFit, rank_block
 from vmeanba_fx.graph import SITE, Emitter, aten, remove_dead_code, scan_nodes, value
-from vmeanba_fx.rank_block import RankFit, rank_block
 from vmeanba_fx.sites import skip_product
 
 from .mean_scan import group_shape, scan_arguments

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from vmeanba_fx.evaluate import is_parameter_only
+from vmeanba_fx.analysis.evaluate import is_parameter_only
+from vmeanba_fx.analysis.regions import NOTHING
 from vmeanba_fx.graph import Emitter, arguments, aten, downstream, refresh, remove_dead_code, value
-from vmeanba_fx.regions import NOTHING
 
 NAME = "refit"
 _CONVS = {aten.conv1d.default, aten.conv2d.default}

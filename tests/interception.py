@@ -5,7 +5,7 @@ from torch import nn
 
 from tests import zoo
 from vmeanba_fx import ops
-from vmeanba_fx.intercept import intercept
+from vmeanba_fx.capturing.intercept import intercept
 from vmeanba_fx.ops.last_state import last_state
 
 ARGUMENTS = zoo.scan_inputs(directions=2, length=11, dtype=torch.float32)

@@ -13,7 +13,7 @@ import vmeanba_fx
 from tests import zoo
 from tests.test_capture import StaticBatch
 from vmeanba_fx import CalibrationError, CaptureError, NoSitesError, PassError, SiteError, calibrate
-from vmeanba_fx.metrics import IGNORED, Batch, resolve_metric
+from vmeanba_fx.calibration.metrics import IGNORED, Batch, resolve_metric
 
 LOADER = zoo.labelled(3, 4)
 
@@ -143,7 +143,7 @@ def test_outputs_that_are_not_finite_name_the_site(value, tmp_path):
 
 
 def test_a_replacement_that_is_not_finite_names_the_site(captured, monkeypatch):
-    module = sys.modules["vmeanba_fx.replacing"]
+    module = sys.modules["vmeanba_fx.calibration.replacing"]
     original, calls = module.mean_scan_tensors, []
 
     def second_is_nan(*args, **kwargs):

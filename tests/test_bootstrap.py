@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vmeanba_fx.bootstrap import intervals, resampled_means, spearman, told_apart
+from vmeanba_fx.calibration.bootstrap import intervals, resampled_means, spearman, told_apart
 
 ONE = torch.ones(64, dtype=torch.float64)
 

@@ -13,7 +13,7 @@ from tests import zoo
 from tests.test_capture import InPlaceBlock
 from tests.test_capture_sources import AutocastBlock
 from vmeanba_fx import Batch, CalibrationError, PlanError, calibrate
-from vmeanba_fx.metrics import unpack
+from vmeanba_fx.calibration.metrics import unpack
 
 LOADER = zoo.labelled(3, 4)
 
@@ -77,7 +77,7 @@ def test_impact_in_graphs_that_are_no_plain_data_flow(kind, bound):
 
 def test_a_write_that_stays_in_the_graph_makes_every_run_a_full_one(captured, monkeypatch):
     """Where export cannot remove an in-place operator, scores are still those of replacing one site."""
-    monkeypatch.setattr("vmeanba_fx.execute.mutates", lambda node: node.target is torch.ops.aten.conv2d.default)
+    monkeypatch.setattr("vmeanba_fx.calibration.execute.mutates", lambda node: node.target is torch.ops.aten.conv2d.default)
     assert calibrate(captured, LOADER, metric="loss").scores == pytest.approx(
         brute_force(calibrate(captured, LOADER, metric="loss"), "loss")[1:], abs=1e-6
     )

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from tests import zoo
 from tests.helpers import agrees
-from vmeanba_fx.capture import capture, capture_info
+from vmeanba_fx.capturing.capture import capture, capture_info
 from vmeanba_fx.errors import CaptureError
 from vmeanba_fx.graph import mutates, scan_nodes
 from vmeanba_fx.sites import find_sites

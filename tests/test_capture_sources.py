@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from tests import zoo
 from tests.helpers import agrees
 from tests.zoo import vmamba_scan_fn
-from vmeanba_fx.capture import capture
+from vmeanba_fx.capturing.capture import capture
 from vmeanba_fx.errors import CaptureError
 from vmeanba_fx.graph import scan_nodes
 from vmeanba_fx.sites import find_sites

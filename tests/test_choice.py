@@ -9,8 +9,8 @@ import torch
 import vmeanba_fx
 from tests import zoo
 from vmeanba_fx import Plan, PlanError, SiteError, calibrate
+from vmeanba_fx.calibration.curve import Curve
 from vmeanba_fx.choice import by_impact, knapsack, units_of
-from vmeanba_fx.curve import Curve
 from vmeanba_fx.timing import Times
 
 

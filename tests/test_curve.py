@@ -84,7 +84,7 @@ def test_a_loaded_plan_chooses_without_scoring(pair, tmp_path, monkeypatch):
     gm, data = pair
     plan = calibrate(gm, data, metric="kl", greedy=True)
     plan.save(tmp_path / "plan.json")
-    monkeypatch.setattr("vmeanba_fx.execute.Executor.run", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("vmeanba_fx.calibration.execute.Executor.run", lambda *a, **k: 1 / 0)
     loaded = Plan.load(tmp_path / "plan.json")
     assert loaded == plan and str(loaded) == str(plan)
     for choice in ({"k": 2}, {"max_drop": 0.01}, {"max_drop": 100}):
@@ -109,7 +109,7 @@ def test_a_killed_calibration_resumes_to_the_same_plan(captured, tmp_path, monke
     options = {"metric": "loss", "seed": 5, "max_batches": 2} | mode
     expected = as_json(calibrate(captured, shuffled(), **options))
     path, kills = tmp_path / "state.json", 0
-    from vmeanba_fx import resume
+    from vmeanba_fx.calibration import resume
 
     write = resume.write_atomically
 
@@ -152,7 +152,7 @@ def test_one_value_for_the_only_batch_leaves_nothing_to_hold_out(captured):  # n
 
 def test_loaders_too_large_to_be_kept(captured, monkeypatch):  # noqa: F811
     expected = as_json(calibrate(captured, shuffled(), metric="loss"))
-    monkeypatch.setattr("vmeanba_fx.batches._KEPT_BYTES", 100)
+    monkeypatch.setattr("vmeanba_fx.calibration.batches._KEPT_BYTES", 100)
     assert as_json(calibrate(captured, shuffled(), metric="loss")) == expected  # read again, shuffled as before
     with pytest.raises(CalibrationError, match=r"read only once and is too large .*max_batches="):
         calibrate(captured, (batch for batch in LOADER), metric="loss")

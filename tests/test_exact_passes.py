@@ -13,8 +13,8 @@ from torch import nn
 import vmeanba_fx
 from tests import zoo
 from tests.helpers import make_scan_matter
-from vmeanba_fx.cross_scan import find_cross_scan
-from vmeanba_fx.evaluate import Unprovable, evaluate
+from vmeanba_fx.analysis.cross_scan import find_cross_scan
+from vmeanba_fx.analysis.evaluate import Unprovable, evaluate
 from vmeanba_fx.graph import NOT_FUSED, aten, scan_nodes
 from vmeanba_fx.models import VSSM
 from vmeanba_fx.ops.directions import direction_table

@@ -4,7 +4,7 @@ import torch
 
 import vmeanba_fx
 from vmeanba_fx import models
-from vmeanba_fx.execute import Executor
+from vmeanba_fx.calibration.execute import Executor
 from vmeanba_fx.graph import scan_nodes
 
 from .helpers import make_scan_matter

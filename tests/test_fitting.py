@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vmeanba_fx.fitting import RIDGES, Layout, Metric, Sums, auto_rank, fit_low_rank, refit_linear
+from vmeanba_fx.fitting.least_squares import RIDGES, Layout, Metric, Sums, auto_rank, fit_low_rank, refit_linear
 
 NO_RIDGE = (1e-13,)
 

@@ -10,12 +10,12 @@ from tests.redundant import loader, redundant
 from tests.test_capture import InPlaceBlock
 from tests.test_capture_sources import AutocastBlock
 from vmeanba_fx import CalibrationError, calibrate
-from vmeanba_fx.gates import Gated, branch_of
-from vmeanba_fx.gradient import Estimator
+from vmeanba_fx.calibration.gates import Gated, branch_of
+from vmeanba_fx.calibration.gradient import Estimator
+from vmeanba_fx.calibration.metrics import resolve_metric, unpack, values_of
+from vmeanba_fx.calibration.replacing import Replacer
+from vmeanba_fx.calibration.scoring import Runner
 from vmeanba_fx.graph import scan_nodes
-from vmeanba_fx.metrics import resolve_metric, unpack, values_of
-from vmeanba_fx.replacing import Replacer
-from vmeanba_fx.scoring import Runner
 from vmeanba_fx.sites import find_sites
 
 
@@ -60,7 +60,7 @@ def test_derivative_against_finite_differences(runner, taken):
 
 def test_curvature_of_kl_against_second_differences(monkeypatch):
     """At g = 0 the KL has no slope, and half its second derivative is what the random signs estimate."""
-    monkeypatch.setattr("vmeanba_fx.gradient.PROBES", 400)
+    monkeypatch.setattr("vmeanba_fx.calibration.gradient.PROBES", 400)
     runner, batch = runner_of(zoo.live(2), "kl")
     estimator = Estimator(runner, [0, 1])
     found, _ = estimator.columns(0, batch)

@@ -27,7 +27,7 @@ from tests.interception import (
     redirected,
 )  # fmt: skip
 from tests.zoo import ScanFunction, selective_scan_fn, vmamba_scan_fn
-from vmeanba_fx.intercept import intercept
+from vmeanba_fx.capturing.intercept import intercept
 
 
 class WithMethod(nn.Module):

@@ -9,8 +9,8 @@ import vmeanba_fx
 from tests import zoo
 from tests.interception import BIAS, DELTA, EXPECTED, SHORT, A, B, C, Caller, D, Recorder, U, own_scan, redirected
 from tests.zoo import selective_scan_fn, vmamba_scan_fn
-from vmeanba_fx.capture import capture_info
-from vmeanba_fx.intercept import intercept
+from vmeanba_fx.capturing.capture import capture_info
+from vmeanba_fx.capturing.intercept import intercept
 
 
 def hides_its_options():

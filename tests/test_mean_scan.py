@@ -9,7 +9,7 @@ from vmeanba_fx.passes.mean_scan import BROADCAST, mean_scan_tensors
 import vmeanba_fx
 from tests import zoo
 from tests.paper_block import paper_block
-from vmeanba_fx.capture import capture
+from vmeanba_fx.capturing.capture import capture
 from vmeanba_fx.errors import SiteError
 from vmeanba_fx.graph import MADE_BY, copy_graph, scan_nodes
 

@@ -11,7 +11,7 @@ import torch
 import vmeanba_fx
 from tests import zoo
 from vmeanba_fx import Plan, PlanError, SiteError, calibrate
-from vmeanba_fx.curve import Curve
+from vmeanba_fx.calibration.curve import Curve
 
 LOADER = zoo.labelled(2, 4)
 
@@ -188,7 +188,7 @@ def test_dynamic_sizes_are_remembered(tmp_path):
 
 
 def test_another_k_never_scores_again(plan, monkeypatch):
-    monkeypatch.setattr("vmeanba_fx.execute.Executor.run", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("vmeanba_fx.calibration.execute.Executor.run", lambda *a, **k: 1 / 0)
     assert [len(vmeanba_fx.report(plan.apply(k)).chosen) for k in range(5)] == [0, 1, 2, 3, 4]
 
 

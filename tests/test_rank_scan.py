@@ -12,13 +12,13 @@ from vmeanba_fx.passes.rank_scan import RANK
 import vmeanba_fx
 from tests import zoo
 from vmeanba_fx import CalibrationError, NoSitesError, Plan, PlanError, SiteError
-from vmeanba_fx.batches import Batches
+from vmeanba_fx.calibration.batches import Batches
 from vmeanba_fx.data import accuracy, load_digits_images, make_loader
-from vmeanba_fx.fitting_sites import fit_sites
+from vmeanba_fx.fitting.rank_block import rank_scan_tensors
+from vmeanba_fx.fitting.rank_fits import fit_sites
+from vmeanba_fx.fitting.reduction import Reduction
 from vmeanba_fx.graph import copy_graph
 from vmeanba_fx.models import vmamba_digits
-from vmeanba_fx.rank_block import rank_scan_tensors
-from vmeanba_fx.reduction import Reduction
 from vmeanba_fx.sites import find_sites
 
 LOADER = zoo.labelled(2, 6)
@@ -146,7 +146,7 @@ def test_batches_are_streamed(captured, monkeypatch):
     images = torch.cat([x for x, _ in LOADER])
     one = fit_sites(captured, sites, data_of([images]), Reduction.of("rank", 2))["blocks.0.op"]
     halves = [images[:6], images[6:]]  # the halves that a single batch is split into; those of two batches are others
-    monkeypatch.setattr("vmeanba_fx.fitting_sites._ROWS_BUDGET", 1)  # one image at a time
+    monkeypatch.setattr("vmeanba_fx.fitting.rank_fits._ROWS_BUDGET", 1)  # one image at a time
     again = fit_sites(captured, sites, data_of([images]), Reduction.of("rank", 2))["blocks.0.op"]
     torch.testing.assert_close(again.V @ again.W, one.V @ one.W, rtol=1e-4, atol=1e-5)  # the scan itself is float32
     two = fit_sites(captured, sites, data_of(halves), Reduction.of("rank", 2))["blocks.0.op"]
@@ -156,7 +156,7 @@ def test_batches_are_streamed(captured, monkeypatch):
 def test_sites_above_the_memory_budget_take_passes_of_their_own(captured, monkeypatch):
     sites = find_sites(captured)
     together = fit_sites(captured, sites, data_of(), Reduction.of("rank", 2))
-    monkeypatch.setattr("vmeanba_fx.fitting_sites.SUMS_BUDGET", 1)
+    monkeypatch.setattr("vmeanba_fx.fitting.rank_fits.SUMS_BUDGET", 1)
     apart = fit_sites(captured, sites, data_of(), Reduction.of("rank", 2))
     for name, fit in together.items():
         assert torch.equal(fit.V, apart[name].V) and torch.equal(fit.W, apart[name].W)

@@ -10,8 +10,8 @@ from vmeanba_fx.passes.refit import Readout
 import vmeanba_fx
 from tests import zoo
 from vmeanba_fx import CalibrationError, PlanError
-from vmeanba_fx.batches import Batches
-from vmeanba_fx.fitting_refit import REFIT, refit_sites
+from vmeanba_fx.calibration.batches import Batches
+from vmeanba_fx.fitting.refits import REFIT, refit_sites
 from vmeanba_fx.graph import copy_graph, scan_nodes
 
 LOADER = zoo.labelled(3, 6)
@@ -220,7 +220,7 @@ def test_values_kept_between_layers_change_nothing(monkeypatch):
     names = ["blocks.0.op", "blocks.2.op"]
     results = []
     for room in (1 << 30, 6000, 0):  # all batches are kept, some, none
-        monkeypatch.setattr("vmeanba_fx.fitting_refit.KEPT_BYTES", room)
+        monkeypatch.setattr("vmeanba_fx.fitting.refits.KEPT_BYTES", room)
         results.append(refit_sites(mean_scan(copy_graph(gm), names), gm, names, data_of(), how="all"))
     for other in results[1:]:
         assert other.meta[REFIT] == results[0].meta[REFIT]

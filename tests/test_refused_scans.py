@@ -6,7 +6,7 @@ from torch import nn
 
 from tests import zoo
 from tests.helpers import agrees
-from vmeanba_fx.capture import capture
+from vmeanba_fx.capturing.capture import capture
 from vmeanba_fx.errors import NoSitesError
 from vmeanba_fx.sites import find_sites
 

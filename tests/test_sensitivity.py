@@ -9,16 +9,17 @@ from vmeanba_fx.passes import rank_scan
 
 import vmeanba_fx
 from tests import zoo
-from vmeanba_fx import CalibrationError, Plan, sensitivity
-from vmeanba_fx.batches import Batches
+from vmeanba_fx import CalibrationError, Plan
+from vmeanba_fx.calibration.batches import Batches
+from vmeanba_fx.calibration.execute import Executor, traced_bytes
+from vmeanba_fx.calibration.gradient import curvature_probe
 from vmeanba_fx.data import load_digits_images, make_loader
-from vmeanba_fx.execute import Executor, traced_bytes
-from vmeanba_fx.fitting_sites import fit_sites
-from vmeanba_fx.gradient import curvature_probe
+from vmeanba_fx.fitting import sensitivity
+from vmeanba_fx.fitting.rank_fits import fit_sites
+from vmeanba_fx.fitting.reduction import Reduction
+from vmeanba_fx.fitting.sensitivity import output_gradients
 from vmeanba_fx.graph import concrete_sizes, copy_graph, scan_nodes, value
 from vmeanba_fx.models import vmamba_digits
-from vmeanba_fx.reduction import Reduction
-from vmeanba_fx.sensitivity import output_gradients
 from vmeanba_fx.sites import find_sites
 
 

@@ -7,9 +7,9 @@ from torch import nn
 
 from tests import zoo
 from vmeanba_fx import sites as sites_module
-from vmeanba_fx.capture import capture
+from vmeanba_fx.calibration.execute import Executor
+from vmeanba_fx.capturing.capture import capture
 from vmeanba_fx.errors import SiteError
-from vmeanba_fx.execute import Executor
 from vmeanba_fx.graph import scan_nodes
 from vmeanba_fx.sites import find_sites
 

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from vmeanba_fx import tally
-from vmeanba_fx.tally import Tally, Units, half_of
+from vmeanba_fx.calibration import tally
+from vmeanba_fx.calibration.tally import Tally, Units, half_of
 
 
 def values(n, columns=2, seed=0):

@@ -17,8 +17,11 @@ if importlib.util.find_spec("vmeanba_fx.passes") is None:
     _spec.loader.exec_module(_passes)
 
 from .api import apply_plan, bake_autocast, pack_weights, transform
-from .calibrate import calibrate
-from .capture import capture
+from .calibration.calibrate import calibrate
+from .calibration.metrics import Batch
+from .capturing.capture import capture
+from .capturing.families import canonical as _canonical  # noqa: F401  registers the signatures of public code
+from .capturing.registry import ScanCall, register_scan
 from .errors import (
     CalibrationError,
     CaptureError,
@@ -30,11 +33,8 @@ from .errors import (
     SiteError,
     VMeanbaError,
 )
-from .export import Exported, Loaded, export, load
-from .families import canonical as _canonical  # noqa: F401  registers the signatures of public code
-from .metrics import Batch
+from .exporting.export import Exported, Loaded, export, load
 from .plan import Plan
-from .registry import ScanCall, register_scan
 from .report import Report, report
 from .sites import Site, find_sites
 from .symbolic import GuardError, SymbolicTraceError, symbolic_trace

@@ -13,8 +13,8 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from . import passes
-from .calibrate import calibrate
-from .capture import capture_info
+from .calibration.calibrate import calibrate
+from .capturing.capture import capture_info
 from .graph import REPORT, copy_graph
 from .passes import Pass, run_passes
 from .plan import Plan

@@ -13,7 +13,7 @@ from .errors import PlanError, SiteError
 from .sites import Site
 
 if TYPE_CHECKING:
-    from .curve import Unit
+    from .calibration.curve import Unit
     from .plan import Plan
     from .timing import Times
 

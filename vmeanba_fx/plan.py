@@ -14,18 +14,19 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from .batches import Batches
-from .bootstrap import spearman
-from .capture import capture, capture_info, is_captured
+from .calibration.batches import Batches
+from .calibration.bootstrap import spearman
+from .calibration.curve import Curve
+from .calibration.fingerprint import Fingerprint
+from .capturing.capture import capture, capture_info, is_captured
+from .capturing.confinement import one_at_a_time
 from .choice import Choice, by_impact
-from .confinement import one_at_a_time
-from .curve import Curve
 from .errors import PlanError
 from .files import parse_json, read_json, write_atomically
-from .fingerprint import Fingerprint
-from .fitting import AUTO_RANKS
-from .fitting_refit import REFIT, Refit, refit_sites
-from .fitting_sites import fit_sites
+from .fitting.least_squares import AUTO_RANKS
+from .fitting.rank_fits import fit_sites
+from .fitting.reduction import Reduction
+from .fitting.refits import REFIT, Refit, refit_sites
 from .graph import SITE, copy_graph, scan_nodes
 from .passes import (
     Pass,
@@ -45,7 +46,6 @@ from .passes import (
 )
 from .passes.mean_scan import Mean
 from .plan_file import dtype_of, plan_dict, plan_fields
-from .reduction import Reduction
 from .report import Report, Speed, attach_plan, attach_report, plan_text, site_table
 from .sites import Site
 from .timing import Times, device_name, measure_times

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .calibration.curve import Curve
+from .calibration.fingerprint import Fingerprint
 from .choice import check_group_by
-from .curve import Curve
 from .errors import SiteError
-from .fingerprint import Fingerprint
+from .fitting.reduction import Reduction
 from .passes.mean_scan import check_mean
-from .reduction import Reduction
 from .sites import Site
 
 if TYPE_CHECKING:

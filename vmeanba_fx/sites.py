@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .capture import capture_info
-from .confinement import one_at_a_time
+from .analysis.regions import concrete_shape, is_annihilated
+from .calibration.execute import Executor
+from .capturing.capture import capture_info
+from .capturing.confinement import one_at_a_time
 from .errors import NoSitesError, SiteError
-from .execute import Executor
 from .graph import LAST_STATE, REPORT, SITE, aten, graph_modules, scan_nodes
-from .regions import concrete_shape, is_annihilated
 
 __all__ = ["Site", "SiteList", "find_sites"]
 

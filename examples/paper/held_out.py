@@ -22,7 +22,7 @@ from common import CALIBRATION_IMAGES, HELD_OUT, SEEDS, TASKS, VARIANTS, Study, 
 from results import cell, parser, read_by_task, write_csv, write_tables
 from torch import Tensor, nn
 
-from vmeanba_fx.metrics import kl
+from vmeanba_fx.calibration.metrics import kl
 
 SCORED = {"refitted": True, "as replaced": False}
 REFITS = {"all": "all", "next layer": True}

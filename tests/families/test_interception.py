@@ -15,9 +15,9 @@ from tests import zoo
 from tests.families.models import build
 from tests.interception import DELTA, EXPECTED, SHORT, A, B, C, Caller, Recorder, U, own_scan
 from tests.zoo import vmamba_scan_fn
-from vmeanba_fx.codeswap import CodeSwap
-from vmeanba_fx.confinement import on_the_cpu
-from vmeanba_fx.intercept import intercept
+from vmeanba_fx.capturing.codeswap import CodeSwap
+from vmeanba_fx.capturing.confinement import on_the_cpu
+from vmeanba_fx.capturing.intercept import intercept
 from vmeanba_fx.symbolic.leaves import LeafFunctions, Listener
 
 

@@ -8,7 +8,7 @@ from torch import nn
 import vmeanba_fx
 from tests import zoo
 from tests.paper_block import paper_block
-from vmeanba_fx.registry import find_spec, parameter_names
+from vmeanba_fx.capturing.registry import find_spec, parameter_names
 
 
 class LengthFirst(nn.Module):

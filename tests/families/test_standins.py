@@ -11,9 +11,9 @@ from torch import nn
 
 import vmeanba_fx
 from tests import zoo
-from vmeanba_fx.discovery import discover
-from vmeanba_fx.intercept import intercept
-from vmeanba_fx.standins import causal_convolution, convolution_pybind
+from vmeanba_fx.capturing.discovery import discover
+from vmeanba_fx.capturing.intercept import intercept
+from vmeanba_fx.capturing.standins import causal_convolution, convolution_pybind
 
 try:
     import causal_conv1d_cuda

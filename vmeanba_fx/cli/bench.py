@@ -22,8 +22,8 @@ from tabulate import tabulate
 from torch import Tensor, fx, nn
 from torch.utils.benchmark import Timer
 
-from ..calibrate import calibrate
-from ..export import relative_error
+from ..calibration.calibrate import calibrate
+from ..exporting.export import relative_error
 from ..plan import Plan
 from ..report import report
 from ..sites import Site

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from ..calibrate import calibrate
-from ..capture import capture
-from ..export import check_target, export
+from ..calibration.calibrate import calibrate
+from ..capturing.capture import capture
+from ..exporting.export import check_target, export
 from ..files import unwritable
 from ..plan import Plan
 from ..report import report

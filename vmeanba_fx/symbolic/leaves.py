@@ -15,8 +15,8 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
-from ..codeswap import CodeSwap, is_original
-from ..registry import find_spec, looks_like_scan, parameter_names, registered_scans
+from ..capturing.codeswap import CodeSwap, is_original
+from ..capturing.registry import find_spec, looks_like_scan, parameter_names, registered_scans
 from .guards import check_guard
 from .values import run_scan
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .. import codeswap
+from ..capturing import codeswap
 
 _SKIPPED = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
 

@@ -12,7 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from ..confinement import LOCK  # one process-wide swap of code objects at a time, whoever makes it
+from ..capturing.confinement import LOCK  # one process-wide swap of code objects at a time, whoever makes it
 from . import source
 from .assemble import assemble, twin_of
 from .guards import SymbolicTraceError

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import _snake_case
 from torch.overrides import is_tensor_method_or_property
 
-from ..registry import looks_like_scan
+from ..capturing.registry import looks_like_scan
 from . import forms, source
 from .functions import function_for, has_setup_context
 from .guards import SymbolicTraceError

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import ops
+from ..capturing.registry import Refusal, ScanCall, ScanSpec, find_spec, parameter_names
 from ..ops.last_state import last_state
-from ..registry import Refusal, ScanCall, ScanSpec, find_spec, parameter_names
 from .functions import signature_of_apply
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from .errors import CalibrationError
+from ..errors import CalibrationError
 
 __all__ = ["Batch", "Metric", "resolve_metric"]
 

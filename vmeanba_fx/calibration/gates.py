@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, fx
 from torch.func import functional_call
 
-from .graph import SITE, Emitter, aten, copy_graph, downstream, graph_modules, mutates, scan_nodes, value
+from ..graph import SITE, Emitter, aten, copy_graph, downstream, graph_modules, mutates, scan_nodes, value
+from ..sites import Site, skip_product
 from .metrics import Batch
 from .replacing import Replacer
-from .sites import Site, skip_product
 
 _GATE = "_gate_{}"
 

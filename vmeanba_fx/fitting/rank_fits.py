@@ -1,8 +1,8 @@
 """Rank-r fits of a captured graph's sites: three passes over the calibration data, whatever their number; four with
-``fit="outputs"``, which needs one for :mod:`vmeanba_fx.sensitivity`.
+``fit="outputs"``, which needs one for :mod:`.sensitivity`.
 
 The first pass finds the energy of every channel of the scans. The channels will share one decay, a weighted mean: the second
-pass collects the sums of :mod:`vmeanba_fx.fitting` with channels weighted by their energy, the third with equal weights.
+pass collects the sums of :mod:`.least_squares` with channels weighted by their energy, the third with equal weights.
 
 Sums of one site take 2 heads * ((K + 2) * D + 1)^2 float64 numbers where the K directions are provably merged into one map
 (then heads = 1: what is fitted is the merged output), and 2 K (3 D + 1)^2 where they are not (every direction by itself).
@@ -18,20 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from . import ops
-from .batches import Batches
-from .cross_scan import find_cross_scan, find_merge
-from .errors import CalibrationError, NoSitesError, SiteError
-from .evaluate import Unprovable
-from .execute import Executor
-from .fitting import Layout, LowRank, Metric, Sums, auto_rank, fit_low_rank
-from .graph import SITE, scan_nodes, value
-from .ops.directions import inverse_table
-from .passes.mean_scan import group_shape, scan_arguments
+from .. import ops
+from ..analysis.cross_scan import find_cross_scan, find_merge
+from ..analysis.evaluate import Unprovable
+from ..calibration.batches import Batches
+from ..calibration.execute import Executor
+from ..errors import CalibrationError, NoSitesError, SiteError
+from ..graph import SITE, scan_nodes, value
+from ..ops.directions import inverse_table
+from ..passes.mean_scan import group_shape, scan_arguments
+from ..sites import Site, SiteList, skip_product
+from .least_squares import Layout, LowRank, Metric, Sums, auto_rank, fit_low_rank
 from .rank_block import RankFit, call, shared_step
 from .reduction import Reduction
 from .sensitivity import output_gradients
-from .sites import Site, SiteList, skip_product
 
 SUMS_BUDGET = 1 << 30  # bytes
 # Channels share one step; each counts by its energy to this power. Both are tried, the better fit stays.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .graph import aten, value
+from ..graph import aten, value
 
 _ops = torch.ops.vmeanba_fx
 

@@ -15,7 +15,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from .graph import NOT_FUSED, aten, remove_dead_code, value
+from ..graph import NOT_FUSED, aten, remove_dead_code, value
 from .regions import IDENTITY
 
 _EMPTY = {

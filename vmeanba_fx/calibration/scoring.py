@@ -11,14 +11,14 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
+from ..capturing.capture import capture_info
+from ..errors import CalibrationError, PlanError
+from ..sites import Site
 from .batches import Batches, shapes
-from .capture import capture_info
-from .errors import CalibrationError, PlanError
 from .execute import Executor, State
 from .metrics import Batch, Metric, kl, values_of
 from .replacing import Point, Replacer
 from .resume import Saved
-from .sites import Site
 from .tally import Tally
 
 

@@ -18,7 +18,7 @@ import torch.fx._pytree as fx_pytree
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from .graph import concrete_sizes, graph_modules, mutates, value
+from ..graph import concrete_sizes, graph_modules, mutates, value
 
 
 @dataclass(frozen=True)

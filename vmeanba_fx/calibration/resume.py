@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import PlanError
-from .files import read_json, unwritable, write_atomically
+from ..errors import PlanError
+from ..files import read_json, unwritable, write_atomically
 from .fingerprint import Fingerprint
 
 _VERSION = 2

@@ -1,6 +1,6 @@
 """Any model in, one ATen-level ``fx.GraphModule`` out, each selective scan one node of our op.
 
-``torch.export`` (non-strict) does the tracing; :mod:`vmeanba_fx.intercept` makes every scan one registered op while it
+``torch.export`` (non-strict) does the tracing; :mod:`.intercept` makes every scan one registered op while it
 runs. Captures always run on a CPU copy of the model under fake tensors, so the graph does not depend on the device and
 code paths that launch raw Triton kernels, invisible to export, are not taken. The caller's model is never touched.
 """
@@ -18,12 +18,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
-from . import ops
-from .confinement import capturing, forget_sizes, on_the_cpu, one_at_a_time
-from .copies import device_of, move_to_device, private_copy
-from .discovery import Discovery
-from .errors import CaptureError
-from .graph import (
+from .. import ops
+from ..errors import CaptureError
+from ..graph import (
     SCAN,
     SITE,
     copy_graph,
@@ -36,9 +33,12 @@ from .graph import (
     site_names,
     strip_metadata,
 )
+from ..ops.last_state import last_state
+from .confinement import capturing, forget_sizes, on_the_cpu, one_at_a_time
+from .copies import device_of, move_to_device, private_copy
+from .discovery import Discovery
 from .guards import drop_needless_guards, failed_guard
 from .intercept import Interception, intercept
-from .ops.last_state import last_state
 from .registry import ScanCall, compute_dtype, is_scan
 
 __all__ = ["CaptureInfo", "capture", "capture_info"]
@@ -213,7 +213,7 @@ def _is_random(node: fx.Node) -> bool:
 
 def _plain(gm: fx.GraphModule) -> fx.GraphModule:
     """An ordinary GraphModule of the same graph: the one export makes refuses train() and eval()."""
-    from .passes import functionalize
+    from ..passes import functionalize
 
     strip_metadata(gm)
     return functionalize(fx.GraphModule(gm, gm.graph))
@@ -240,7 +240,7 @@ def reopened(program: ExportedProgram, args: tuple[Any, ...] = (), kwargs: dict[
 
 
 def _finish(gm: fx.GraphModule, info: CaptureInfo, device: torch.device, paths: list[str]) -> fx.GraphModule:
-    from .passes import lift_skip
+    from ..passes import lift_skip
 
     gm = lift_skip(gm)
     remove_dead_code(gm)  # such as a last state that nobody reads

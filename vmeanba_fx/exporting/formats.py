@@ -19,9 +19,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from ..errors import ExportError
+from ..ops.chunked import Form, looped, unrolled
 from .archive import read_program
-from .errors import ExportError
-from .ops.chunked import Form, looped, unrolled
 
 Run = Callable[..., list[Tensor]]
 

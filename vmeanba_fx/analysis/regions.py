@@ -16,7 +16,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from .graph import aten, concrete_sizes, value
+from ..graph import aten, concrete_sizes, value
 
 # Linear in their tensor inputs, whatever their other arguments are. Products are allowed with one reached factor only.
 LINEAR = {

@@ -5,10 +5,10 @@ Public code refers to its scan in many ways: module globals, from-imports, ``sel
 modules. Patching names misses most of them. So the *code object* of the Python function is swapped in place (every
 reference sees that), ``forward`` is swapped on ``autograd.Function`` classes (a captured ``.apply`` sees that), and
 ``fwd`` is swapped or injected on the pybind modules. Everything is put back when the context ends, whatever happened.
-The compiled companions of scans, for which a CPU has no code, get stand-ins the same way (:mod:`vmeanba_fx.standins`).
+The compiled companions of scans, for which a CPU has no code, get stand-ins the same way (:mod:`.standins`).
 
 A signature alone does not prove what a function computes: a helper ``scan(u, delta, A, B, C)`` may add its own bias.
-So a function is tried once on its own first call (:mod:`vmeanba_fx.trial`), and left alone where it computes something
+So a function is tried once on its own first call (:mod:`.trial`), and left alone where it computes something
 else; the scan it calls is found as well. Threads other than the one that captures run the original code throughout.
 """
 

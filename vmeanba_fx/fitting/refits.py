@@ -18,16 +18,16 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from .batches import Batches
-from .errors import CalibrationError
-from .evaluate import is_parameter_only
-from .execute import Executor
-from .fitting import Sums, refit_linear
-from .graph import SITE, copy_graph, downstream, read_attribute, scan_nodes
-from .metrics import Batch
-from .passes.refit import Readout, find_readout, find_stream, is_pointwise_linear, refit
-from .replacing import NewWeights, Replacer
-from .sites import Site
+from ..analysis.evaluate import is_parameter_only
+from ..calibration.batches import Batches
+from ..calibration.execute import Executor
+from ..calibration.metrics import Batch
+from ..calibration.replacing import NewWeights, Replacer
+from ..errors import CalibrationError
+from ..graph import SITE, copy_graph, downstream, read_attribute, scan_nodes
+from ..passes.refit import Readout, find_readout, find_stream, is_pointwise_linear, refit
+from ..sites import Site
+from .least_squares import Sums, refit_linear
 
 Refit = bool | Literal["all"]
 

@@ -22,18 +22,18 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 
+from ..capturing.capture import capture, capture_info, is_captured, reopened
+from ..capturing.confinement import one_at_a_time
+from ..capturing.copies import device_of
+from ..errors import ExportError, PlanError, VMeanbaError
+from ..files import BAD_PATH, parse_json, reason, unwritable
+from ..graph import copy_graph, graph_modules
+from ..ops.chunked import Form
+from ..ops.decompositions import decompose
+from ..plan import Plan
+from ..report import Report, attach_plan, attach_report, plan_of, report
 from .archive import read_program
-from .capture import capture, capture_info, is_captured, reopened
-from .confinement import one_at_a_time
-from .copies import device_of
-from .errors import ExportError, PlanError, VMeanbaError
-from .export_formats import FORMS, write_aoti, write_onnx, write_pt2
-from .files import BAD_PATH, parse_json, reason, unwritable
-from .graph import copy_graph, graph_modules
-from .ops.chunked import Form
-from .ops.decompositions import decompose
-from .plan import Plan
-from .report import Report, attach_plan, attach_report, plan_of, report
+from .formats import FORMS, write_aoti, write_onnx, write_pt2
 
 __all__ = ["Exported", "Loaded", "export", "load"]
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
+from .. import ops
 from .registry import compute_dtype
 
 StandIn = Callable[[Mapping[str, Any]], Any]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from .errors import ExportError
+from ..errors import ExportError
 
 _MAX_GRAPH = 64 * 2**20  # bytes of JSON; VMamba-B's graph takes about 2 MiB
 _MAX_EXTRA = 4 * 2**20

@@ -10,7 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
-from .graph import SITE, graph_modules
+from ..graph import SITE, graph_modules
 
 
 @dataclass(frozen=True)

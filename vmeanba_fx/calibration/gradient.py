@@ -1,6 +1,6 @@
 """The gradient score: from one forward and a few backward passes per batch, what replacing each site would change.
 
-Every site gets a gate g in the graph (:mod:`vmeanba_fx.gates`): at g = 0 the model is the original, at g = 1 the site is
+Every site gets a gate g in the graph (:mod:`.gates`): at g = 0 the model is the original, at g = 1 the site is
 replaced. One gate per image and site, so one backward pass gives the derivative for every image on its own
 (images do not depend on each other in eval mode). The estimate of the change at g = 1 is
 
@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import CalibrationError
 from .batches import Batches
-from .errors import CalibrationError
 from .gates import Gated
 from .metrics import Batch, class_scores, values_of
 from .resume import Saved

@@ -11,7 +11,7 @@ summed over the K directions where they are merged; U (n, D) the un-scanned map 
 
 ``s`` costs nothing at run time: it goes into the D of the skip. An error e (D,) of one position counts as e^T G e
 (:class:`Metric`): G = 1, less what is constant over the channels where a LayerNorm over them follows, or the model's own
-sensitivity (:mod:`vmeanba_fx.sensitivity`).
+sensitivity (:mod:`.sensitivity`).
 
 Ridge rule: lambda times the mean diagonal of the regressors' Gram matrix, lambda the value of ``RIDGES`` with the least
 error on the other half, both halves taking turns. For a rank-r scan that error is the one of the map of full rank, which

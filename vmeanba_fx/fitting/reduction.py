@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from .errors import CalibrationError
+from ..errors import CalibrationError
 
 Reduce = Literal["mean", "rank"]
 Fit = Literal["scan", "outputs"]

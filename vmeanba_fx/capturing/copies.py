@@ -12,8 +12,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from .errors import CaptureError
-from .graph import fake_mode
+from ..errors import CaptureError
+from ..graph import fake_mode
 
 
 def device_of(model: nn.Module) -> torch.device:

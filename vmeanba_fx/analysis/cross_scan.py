@@ -1,6 +1,6 @@
 """Recognise a cross scan, its projections and its cross merge by what they compute, whatever nodes they are built from.
 
-Everything found here is *proved on numbers*: the region is evaluated in float64 (:mod:`vmeanba_fx.evaluate`) on index tensors
+Everything found here is *proved on numbers*: the region is evaluated in float64 (:mod:`.evaluate`) on index tensors
 and on random inputs, and must agree with the closed form to float64 rounding. Where it does not, :class:`Unprovable`
 says why and the graph stays as it was.
 
@@ -16,9 +16,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor, fx
 
+from ..graph import aten, value
+from ..ops.directions import CODES, direction_table, inverse_table
 from .evaluate import Unprovable, batch_symbols, depends_on, evaluate, is_parameter_only, shape_of
-from .graph import aten, value
-from .ops.directions import CODES, direction_table, inverse_table
 from .regions import IDENTITY, LINEAR, NOTHING, PRODUCT
 
 _TOLERANCE = 1e-9

@@ -12,7 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from .errors import CalibrationError
+from ..errors import CalibrationError
 from .metrics import Batch, unpack
 
 _KEPT_BYTES = 1 << 30  # batches are kept in memory up to this size, and read again where they are more

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .batches import Batches
-from .errors import CalibrationError
-from .execute import Executor, traced_bytes
-from .gradient import curvature_probe
-from .graph import concrete_sizes, value
-from .metrics import Batch, logits_of
+from ..calibration.batches import Batches
+from ..calibration.execute import Executor, traced_bytes
+from ..calibration.gradient import curvature_probe
+from ..calibration.metrics import Batch, logits_of
+from ..errors import CalibrationError
+from ..graph import concrete_sizes, value
 
 BACKWARD_BYTES = 2 << 30  # about what a backward pass may hold; batches are cut into parts for it
 

@@ -13,25 +13,25 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from tqdm.auto import tqdm
 
+from ..capturing.capture import capture
+from ..choice import by_impact, check_group_by, match, units_of
+from ..errors import CalibrationError
+from ..fitting.rank_fits import fit_sites, reachable
+from ..fitting.reduction import Fit, Reduce, Reduction
+from ..fitting.refits import refit_each
+from ..passes.mean_scan import Mean, check_mean
+from ..plan import Plan
+from ..sites import find_sites
 from .batches import Batches, describe_inputs, seeded
 from .bootstrap import intervals, told_apart
-from .capture import capture
-from .choice import by_impact, check_group_by, match, units_of
 from .cost import cost_table
 from .curve import Curve, Unit, Walk
-from .errors import CalibrationError
 from .fingerprint import Fingerprint
-from .fitting_refit import refit_each
-from .fitting_sites import fit_sites, reachable
 from .gradient import estimate_sites
 from .metrics import Metric, resolve_metric
-from .passes.mean_scan import Mean, check_mean
-from .plan import Plan
-from .reduction import Fit, Reduce, Reduction
 from .replacing import Replacer
 from .resume import Saved
 from .scoring import Runner, measure_sites
-from .sites import find_sites
 from .tally import Tally, Units
 
 Score = Literal["measured", "gradient", "both"]
@@ -79,9 +79,9 @@ def calibrate(
         rank: channels per direction (4), or ``"auto"``: the least of 1, 2, 4, 8, 16 that explains ``energy`` of a scan.
         energy: share of the scan's energy for ``rank="auto"`` (0.9).
         fit: what rank-r fits keep: ``"scan"`` (default), the scan's own output, or ``"outputs"``, of it what the class
-            scores depend on (:mod:`vmeanba_fx.sensitivity`). That is one more pass, forwards and backwards.
+            scores depend on (:mod:`vmeanba_fx.fitting.sensitivity`). That is one more pass, forwards and backwards.
         score: ``"measured"`` runs the model once per site and batch. ``"gradient"`` estimates all impacts from a few
-            backward passes per batch (:mod:`vmeanba_fx.gradient`). ``"both"`` does both and tells their correlation.
+            backward passes per batch (:mod:`.gradient`). ``"both"`` does both and tells their correlation.
         refitted: score each site with the layer that reads it out refitted, as ``apply(refit=True)`` will do: a site that
             costs much by itself may cost little then. One or two more passes per site.
         greedy: after every replacement, score the remaining sites again on top of those replaced, so that interactions

@@ -2,7 +2,7 @@
 
 A scan is recognised by its *signature* (the names of its parameters), never by its own name or by the
 repository it comes from: public code has many functions called ``selective_scan_fn`` whose sixth argument
-is ``z`` in one place and ``delta_bias`` in the next. :mod:`vmeanba_fx.families` registers what is known;
+is ``z`` in one place and ``delta_bias`` in the next. :mod:`.families` registers what is known;
 :func:`register_scan` adds others.
 """
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from .errors import CalibrationError
+from ..errors import CalibrationError
+from ..fitting.rank_block import RankFit, rank_scan_tensors
+from ..graph import SITE, copy_graph, graph_modules, read_attribute, scan_nodes
+from ..passes.mean_scan import Mean, mean_scan, mean_scan_tensors, scan_arguments
+from ..passes.rank_scan import rank_scan
+from ..passes.refit import weight_position
+from ..sites import Site
 from .execute import Computed
-from .graph import SITE, copy_graph, graph_modules, read_attribute, scan_nodes
-from .passes.mean_scan import Mean, mean_scan, mean_scan_tensors, scan_arguments
-from .passes.rank_scan import rank_scan
-from .passes.refit import weight_position
-from .rank_block import RankFit, rank_scan_tensors
-from .sites import Site
 
 
 class Point:
