@@ -113,8 +113,8 @@ def tabulated(folder: Path) -> None:
         if not shown:
             continue
         note = (
-            "Drop of the test measure in points, mean and standard deviation over the seeds of the calibration data. "
-            "Negative: better than the original."
+            "Drop of the test measure in points, mean and standard deviation over three seeds of the calibration data, "
+            "over two where it says (2); one seed where there is no deviation. Negative: better than the original."
         )
         commands: dict[str, list[str]] = {}
         for file, origin in origins.items():

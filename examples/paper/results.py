@@ -67,11 +67,12 @@ def read_by_task(folder: Path) -> dict[str, tuple[list[dict[str, str]], list[str
 
 
 def cell(values: Sequence[float] | None) -> str:
-    """Mean and standard deviation over the seeds."""
+    """Mean and standard deviation over the seeds; their number where it is two."""
     if not values:
         return ""
     mean = round(statistics.fmean(values), 2) + 0.0  # no minus zero
-    return f"{mean:.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{mean:.2f}"
+    few = " (2)" if len(values) == 2 else ""
+    return f"{mean:.2f} ± {statistics.stdev(values):.2f}{few}" if len(values) > 1 else f"{mean:.2f}"
 
 
 def markdown(title: str, head: Sequence[str], rows: Iterable[Sequence[Any]], notes: Sequence[str] = ()) -> str:
