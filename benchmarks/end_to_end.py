@@ -223,6 +223,20 @@ def modes(
     if not args.compile or (args.skip_official_compile and not v.ours):
         return
     options = {name: ast.literal_eval(value) for name, value in (o.split("=") for o in args.options)}
+    with scan_as_op(module) if args.official and not v.ours else contextlib.nullcontext():
+        mode = ", ".join(["compiled", *args.options])
+        compiled = compiled_out_of_turn(v.model, turn, options, fullgraph=v.ours)
+        yield mode, compiled
+        if args.graph:
+            turn.take()
+            yield f"{mode}, CUDA graph", GraphReplay(compiled)
+        torch._dynamo.reset()
+
+
+def compiled_out_of_turn(
+    model: nn.Module, turn: Turn, options: dict[str, Any] | None = None, fullgraph: bool = False
+) -> Callable[..., Any]:
+    """``torch.compile`` that leaves the card to other runs while inductor works, and has the turn from then on."""
 
     def inductor(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         turn.give()
@@ -230,14 +244,7 @@ def modes(
         turn.take()
         return compiled
 
-    with scan_as_op(module) if args.official and not v.ours else contextlib.nullcontext():
-        mode = ", ".join(["compiled", *args.options])
-        compiled = torch.compile(v.model, backend=inductor, fullgraph=v.ours, dynamic=False)
-        yield mode, compiled
-        if args.graph:
-            turn.take()
-            yield f"{mode}, CUDA graph", GraphReplay(compiled)
-        torch._dynamo.reset()
+    return torch.compile(model, backend=inductor, fullgraph=fullgraph, dynamic=False)
 
 
 class GraphReplay:

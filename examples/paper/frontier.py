@@ -34,7 +34,7 @@ from vmeanba_fx.models import factories
 from vmeanba_fx.timing import timed as timed_on_cpu
 
 sys.path.insert(0, str(ROOT))  # for benchmarks, and the tests that they use
-from benchmarks.end_to_end import LIMITS, GraphReplay, load_official, relative, scan_as_op, timed
+from benchmarks.end_to_end import LIMITS, GraphReplay, Turn, compiled_out_of_turn, load_official, relative, scan_as_op, timed
 from tests.helpers import make_scan_matter
 
 FULL_SIZE = "vmamba_tiny_s1l8"
@@ -52,11 +52,12 @@ PUBLISHED = {"QuarterMap": (1.11, 0.9), "VMeanba": (1.12, 3.0)}
 
 
 def times(
-    model: nn.Module, images: Tensor, expected: Tensor | None, compiled: bool, amp: bool, official: Any
+    model: nn.Module, images: Tensor, expected: Tensor | None, compiled: bool, amp: bool, official: Any, turn: Turn
 ) -> Iterator[dict[str, Any]]:
     """Rows of mode and milliseconds. ``expected``: outputs, where the function is the same; wrong ones are not timed.
 
     amp: run under autocast; our rewritten graphs hold its casts. official: the official module, where ``model`` is its.
+    turn: whose it is on the card, where several runs share it.
     """
     if not images.is_cuda:
         yield {"mode": "eager", "ms": round(1e3 * statistics.median(timed_on_cpu([model], (images,), {})[0]), 4)}
@@ -72,28 +73,32 @@ def times(
             ms = f"failed: {str(error).splitlines()[0][:60]}"
         return {"mode": mode, "ms": ms}
 
+    turn.take()
     yield measured("eager", model)
     yield measured("CUDA graph", GraphReplay(model))
     if compiled:
+        turn.give()
         with scan_as_op(official) if official else contextlib.nullcontext():
-            yield measured("compiled, CUDA graph", GraphReplay(torch.compile(model, dynamic=False)))
+            yield measured("compiled, CUDA graph", GraphReplay(compiled_out_of_turn(model, turn)))
         torch._dynamo.reset()
+    turn.give()
 
 
 def measure(name: str, build: Callable[[], nn.Module], data: list, images: Tensor, ks: list[int] | None, args) -> None:
     """Times a model and its forms, and writes as it goes. ``data``: batches that choose the sites; without labels, the last."""
     path, rows = args.out / "frontier" / f"{name}{args.tag}.csv", []
-    until = time.perf_counter() + args.seconds
+    until, turn = time.perf_counter() + args.seconds, Turn(args.lock)
 
     def add(variant: str, k: int, passes: str, model: nn.Module, expected: Tensor | None, official: Any = None) -> None:
         whole = passes == ALL
         if whole and images.is_cuda:
             model = vmeanba_fx.bake_autocast(model, torch.float16)
-        for row in times(model, images, expected, args.compile and (whole or not rows), not whole, official):
+        for row in times(model, images, expected, args.compile and (whole or not rows), not whole, official, turn):
             rows.append({"task": name, "variant": variant, "k": k, "passes": passes} | row)
             print(rows[-1], flush=True)
             write_csv(path, rows)
 
+    turn.take()
     model = build().eval().to(images.device)
     with torch.inference_mode(), torch.autocast("cuda", torch.float16, enabled=images.is_cuda):
         expected = model(images).float()
@@ -106,12 +111,14 @@ def measure(name: str, build: Callable[[], nn.Module], data: list, images: Tenso
     graph = vmeanba_fx.capture(model, (data[0][0][:2],))
     add("captured, no pass", 0, "", graph, expected)
     scored = len(data[0]) > 1
+    turn.take()
     # Of the ways to take the mean the fastest, for where it is run literally; behind a LayerNorm the outputs are the same.
     cheaper = vmeanba_fx.calibrate(graph, data, mean="input", score_sites=False)
     for reduction in args.reductions:
         rank = reduction.removeprefix("rank")
         options = {} if reduction == "mean" else {"reduce": "rank", "rank": int(rank)}
         metric = "loss" if scored else "kl"
+        turn.take()
         plan = vmeanba_fx.calibrate(graph, data, metric=metric, held_out=False, score_sites=scored, progress=False, **options)
         names = [s.name for s in plan.sites]
         exact = [r.name for r in vmeanba_fx.report(plan.apply(0)).passes if r.exact]
@@ -240,6 +247,7 @@ def main() -> None:
     p.add_argument("--official", help="path of the official vmamba.py")
     p.add_argument("--scan-extension", help="path of the official selective_scan_cuda_oflex shared object")
     p.add_argument("--compile", action="store_true", help="time compiled models as well")
+    p.add_argument("--lock", help="file that several runs on one GPU share, so that they time one at a time")
     p.add_argument("--seconds", type=float, default=1e9, help="stop after this time; what is measured is kept")
     p.add_argument("--tag", default="", help="added to the names of the files")
     p.add_argument("--plot-only", action="store_true", help="tabulate and draw the files that are there")
