@@ -15,6 +15,7 @@ import argparse
 import statistics
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,8 @@ PANELS = {
 DRAWN = ("mean", "rank1_refit", "rank4_refit", "rank8_refit_all", "rank16_refit", "best")
 
 
-def curve(study: Study, variant: Variant, ks: list[int], until: float) -> list[dict[str, Any]]:
+def curve(study: Study, variant: Variant, ks: list[int], until: float) -> Iterator[dict[str, Any]]:
     """One row per k; stops when the time is over."""
-    rows = []
     started = time.perf_counter()
     study.plan(variant)
     scoring = time.perf_counter() - started
@@ -45,13 +45,10 @@ def curve(study: Study, variant: Variant, ks: list[int], until: float) -> list[d
         gm = study.apply(variant, k)
         applying = time.perf_counter() - started
         value = study.measure(gm)
-        row = {
+        yield {
             "task": study.task.name, "variant": variant.name, "seed": study.seed, "k": k, "value": round(value, 3),
             "drop": round(study.base - value, 3), "scoring_s": round(scoring, 1), "applying_s": round(applying, 1),
         }  # fmt: skip
-        print(row, flush=True)
-        rows.append(row)
-    return rows
 
 
 def numbers(sites: int, quick: bool) -> list[int]:
@@ -77,8 +74,10 @@ def run(args: argparse.Namespace) -> None:
             }]  # fmt: skip
             for name in args.variants:
                 if time.perf_counter() < until:
-                    rows += curve(study, VARIANTS[name], args.ks or numbers(len(study.sites), args.quick), until)
-                    write_csv(path, rows)
+                    for row in curve(study, VARIANTS[name], args.ks or numbers(len(study.sites), args.quick), until):
+                        print(row, flush=True)
+                        rows.append(row)
+                        write_csv(path, rows)
 
 
 # -- tables and plots -------------------------------------------------------------------------------------------------
@@ -86,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
 
 def collected(folder: Path) -> tuple[dict[str, dict[str, dict[int, list[float]]]], dict[str, float], dict[str, str]]:
     """drops[task][variant][k] over seeds, the base of every task, and where the numbers of every file come from."""
-    drops: dict[str, dict[str, dict[int, list[float]]]] = {}
+    by_seed: dict[tuple[str, str, int], dict[str, float]] = {}
     bases: dict[str, float] = {}
     origins: dict[str, str] = {}
     for path in sorted((folder / "curves").glob("*.csv")):
@@ -96,8 +95,10 @@ def collected(folder: Path) -> tuple[dict[str, dict[str, dict[int, list[float]]]
             if row["variant"] == "original":
                 bases[row["task"]] = float(row["value"])
             else:
-                of = drops.setdefault(row["task"], {}).setdefault(row["variant"], {})
-                of.setdefault(int(row["k"]), []).append(float(row["drop"]))
+                by_seed.setdefault((row["task"], row["variant"], int(row["k"])), {})[row["seed"]] = float(row["drop"])
+    drops: dict[str, dict[str, dict[int, list[float]]]] = {}
+    for (task, variant, k), found in by_seed.items():
+        drops.setdefault(task, {}).setdefault(variant, {})[k] = list(found.values())
     return drops, bases, origins
 
 
