@@ -19,6 +19,10 @@ class SiteError(VMeanbaError, ValueError):
     """A site was named that does not exist, or that cannot be rewritten."""
 
 
+class UnknownSizeError(VMeanbaError, RuntimeError):
+    """A size of the traced graph is known at run time only."""
+
+
 class CalibrationError(VMeanbaError, RuntimeError):
     """Calibration data or a metric gave something that cannot be scored."""
 

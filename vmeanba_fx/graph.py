@@ -14,7 +14,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 
-from .errors import GraphCheckError
+from .errors import GraphCheckError, UnknownSizeError
 from .ops import last_state as _last_state  # noqa: F401  registers torch.ops.vmeanba_fx.*
 
 aten = torch.ops.aten
@@ -124,8 +124,22 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def concrete_sizes(t: torch.Tensor) -> tuple[int, ...]:
-    """Sizes of a (fake) tensor; a dynamic one is taken at the value it was traced with."""
-    return tuple(s.node.hint if isinstance(s, torch.SymInt) else int(s) for s in t.shape)
+    """Sizes of a (fake) tensor; a dynamic one is taken at the value it was traced with.
+
+    Raises:
+        UnknownSizeError: a size depends on the data, as after a selection by a mask.
+    """
+    return tuple(concrete_size(s) for s in t.shape)
+
+
+def concrete_size(size: int | torch.SymInt) -> int:
+    """One size; see :func:`concrete_sizes`."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    found = size.node.hint if size.node.hint is not None else size.node.maybe_as_int()
+    if found is None:
+        raise UnknownSizeError(f"a size ({size}) depends on the data")
+    return int(found)
 
 
 class Emitter:

@@ -12,7 +12,7 @@ from .analysis.regions import concrete_shape, is_annihilated
 from .calibration.execute import Executor
 from .capturing.capture import capture_info
 from .capturing.confinement import one_at_a_time
-from .errors import NoSitesError, SiteError
+from .errors import NoSitesError, SiteError, UnknownSizeError
 from .graph import LAST_STATE, REPORT, SITE, aten, graph_modules, scan_nodes
 
 __all__ = ["Site", "SiteList", "find_sites"]
@@ -138,8 +138,12 @@ def _refusal(node: fx.Node) -> str:
     for user in u.users:
         if user.target in LAST_STATE and user.args[1] is delta and user.users:
             return "its last state is used, which a one-channel scan does not have"
-    if concrete_shape(u)[1] == concrete_shape(B)[1]:
-        return "it has one channel per group (B and C constant over time, or per channel): nothing to average"
+    try:
+        channels, groups = concrete_shape(u)[1], concrete_shape(B)[1]
+    except UnknownSizeError:
+        return "its length or batch depends on the data"
+    if channels == groups:
+        return "it has one channel per group (B and C constant over time or per channel, or a scan along channels)"
     return ""
 
 

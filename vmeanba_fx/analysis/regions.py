@@ -16,7 +16,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from ..graph import aten, concrete_sizes, value
+from ..graph import aten, concrete_size, concrete_sizes, value
 
 # Linear in their tensor inputs, whatever their other arguments are. Products are allowed with one reached factor only.
 LINEAR = {
@@ -132,7 +132,7 @@ def _outside(node: fx.Node, generator: torch.Generator) -> Any:
             return _constant(node)
         return torch.randn(concrete_shape(node), dtype=torch.float64, generator=generator)
     if isinstance(held, torch.SymInt):
-        return held.node.hint
+        return concrete_size(held)
     return held
 
 
@@ -152,7 +152,7 @@ def _constant(node: fx.Node) -> Any:
 
 def _constant_argument(node: fx.Node) -> Any:
     held = value(node)
-    return held.node.hint if isinstance(held, torch.SymInt) else _constant(node)
+    return concrete_size(held) if isinstance(held, torch.SymInt) else _constant(node)
 
 
 def is_annihilated(start: fx.Node, groups: int) -> tuple[bool, str]:

@@ -18,6 +18,7 @@ import torch.fx._pytree as fx_pytree
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
+from ..errors import UnknownSizeError
 from ..graph import concrete_sizes, graph_modules, mutates, value
 
 
@@ -216,12 +217,14 @@ class Executor:
 
 
 def traced_bytes(node: fx.Node) -> int:
-    """Size of a node's value as it was traced; what the graph is given lies there anyway."""
+    """Size of a node's value as it was traced; what the graph is given lies there anyway, and some sizes are unknown."""
     if node.op in ("placeholder", "get_attr"):
         return 0
-    return sum(
-        t.element_size() * math.prod(concrete_sizes(t)) for t in pytree.tree_leaves(value(node)) if isinstance(t, Tensor)
-    )
+    tensors = [t for t in pytree.tree_leaves(value(node)) if isinstance(t, Tensor)]
+    try:
+        return sum(t.element_size() * math.prod(concrete_sizes(t)) for t in tensors)
+    except UnknownSizeError:
+        return 0
 
 
 def _last_uses(nodes: list[fx.Node]) -> dict[int, list[fx.Node]]:

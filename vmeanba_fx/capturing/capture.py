@@ -23,6 +23,7 @@ from ..errors import CaptureError
 from ..graph import (
     SCAN,
     SITE,
+    arguments,
     copy_graph,
     fake_mode,
     graph_modules,
@@ -37,7 +38,7 @@ from ..ops.last_state import last_state
 from .confinement import capturing, forget_sizes, on_the_cpu, one_at_a_time
 from .copies import device_of, move_to_device, private_copy
 from .discovery import Discovery
-from .guards import drop_needless_guards, failed_guard
+from .guards import drop_implied_bounds, drop_needless_guards, failed_guard
 from .intercept import Interception, intercept
 from .registry import ScanCall, compute_dtype, is_scan
 
@@ -207,8 +208,10 @@ def _functional(trace: _Trace) -> fx.GraphModule:
 
 
 def _is_random(node: fx.Node) -> bool:
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
     drops = any(name in str(node.target) for name in ("dropout", "rrelu"))  # inert in eval mode
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not drops
+    return not drops and arguments(node).get("dropout_p") != 0  # attention draws for its dropout alone
 
 
 def _plain(gm: fx.GraphModule) -> fx.GraphModule:
@@ -216,6 +219,7 @@ def _plain(gm: fx.GraphModule) -> fx.GraphModule:
     from ..passes import functionalize
 
     strip_metadata(gm)
+    drop_implied_bounds(gm)
     return functionalize(fx.GraphModule(gm, gm.graph))
 
 

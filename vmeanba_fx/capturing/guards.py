@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import operator
 import re
 from collections.abc import Callable
 from typing import Any
@@ -72,3 +73,17 @@ def _agree(expected: Any, found: Any) -> bool:
         for a, b in pairs
         if isinstance(a, Tensor)
     )
+
+
+def drop_implied_bounds(gm: fx.GraphModule) -> None:
+    """Erase runtime assertions ``size >= number`` of sizes of which another one asserts the exact value.
+
+    Such a size is that of a selection by a mask, say ``42 * batch``. Its bound follows from the batches that
+    ``torch.export`` thinks of, from two on, and refuses batch 1.
+    """
+    checks = [(n, n.args[0]) for n in gm.graph.nodes if n.target is torch.ops.aten._assert_scalar.default]
+    checks = [(node, what) for node, what in checks if isinstance(what, fx.Node)]
+    pinned = {side for _, what in checks if what.target is operator.eq for side in what.args}
+    for node, what in checks:
+        if what.target is operator.ge and what.args[0] in pinned and isinstance(what.args[1], int):
+            gm.graph.erase_node(node)
