@@ -141,7 +141,7 @@ def _refusal(node: fx.Node) -> str:
     try:
         channels, groups = concrete_shape(u)[1], concrete_shape(B)[1]
     except UnknownSizeError:
-        return "its length or batch depends on the data"
+        return "its batch depends on the data"
     if channels == groups:
         return "it has one channel per group (B and C constant over time or per channel, or a scan along channels)"
     return ""
