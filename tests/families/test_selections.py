@@ -7,7 +7,7 @@ from torch import nn
 import vmeanba_fx
 from tests import zoo
 from tests.paper_block import paper_block
-from vmeanba_fx.capture import capture_info
+from vmeanba_fx.capturing.capture import capture_info
 
 
 class Matched(nn.Module):
@@ -18,7 +18,7 @@ class Matched(nn.Module):
         self.mixer = mixer
 
     def forward(self, x):
-        batch, height, width, dim = x.shape
+        batch, _, _, dim = x.shape
         tokens = x.flatten(1, 2)
         count = tokens.shape[1] // 2
         ranks = tokens.norm(dim=-1).argsort(1).argsort(1)
