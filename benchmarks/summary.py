@@ -24,6 +24,9 @@ MODES = {
 }
 SHARES = {"k=0": 0, "k=n/4": 0.25, "k=n/2": 0.5, "k=n": 1}
 HEAD = ("model", "precision", "batch", "official, ms", *SHARES, "peak MiB: official, k=0, k=n")
+ABOUT = """ms, and in brackets how many times as fast as the official model in the same mode; of compiled models also, how many
+times as fast as the official model eager.
+"""
 Row = dict[str, str]
 
 
@@ -31,25 +34,27 @@ def main() -> None:
     for path in map(Path, sys.argv[1:]):
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
-        parts = [f"{title}:\n\n{tabulate(lines, HEAD, tablefmt='github', disable_numparse=True)}\n"
-                 for mode, title in MODES.items() if (lines := summary(rows, mode))]  # fmt: skip
+        parts = [ABOUT]
+        parts += [f"{title}:\n\n{tabulate(lines, HEAD, tablefmt='github', disable_numparse=True)}\n"
+                  for mode, title in MODES.items() if (lines := summary(rows, mode))]  # fmt: skip
         path.with_name(f"{path.stem}_summary.md").write_text("\n".join(parts))
         print("\n".join(parts))
 
 
 def summary(rows: list[Row], mode: str) -> list[list[str]]:
-    """A line for each model, precision and batch: ms, and how many times as fast as the official model in this mode."""
+    """A line for each model, precision and batch."""
     lines = []
+    eager = mode.replace("compiled", "eager").removesuffix(", allow_buffer_reuse=False")
     for model, precision, batch in sorted({(r["model"], r["precision"], r["batch"]) for r in rows}, key=order):
         depth = max(replaced(r) for r in rows if r["model"] == model)
-        of = {replaced(r): r for r in rows if measured(r) == (model, precision, batch, mode)}
-        official = of.get(-1)
-        if official:
+        of, of_eager = ({replaced(r): r for r in rows if measured(r) == (model, precision, batch, m)} for m in (mode, eager))
+        if official := of.get(-1):
+            than = [official] if mode == eager or -1 not in of_eager else [official, of_eager[-1]]
             ours = [of.get(round(share * depth)) for share in SHARES.values()]
             peaks = [row["peak MiB"] and f"{float(row['peak MiB']):.0f}" for row in (official, ours[0], ours[-1]) if row]
             short = model.split("_")[1][0].upper()
             lines.append([short, PRECISIONS[precision], batch, f"{float(official['ms']):.2f}"]
-                         + [cell(row, official) for row in ours] + [", ".join(peaks).strip(", ")])  # fmt: skip
+                         + [cell(row, than) for row in ours] + [", ".join(peaks).strip(", ")])  # fmt: skip
     return lines
 
 
@@ -70,8 +75,11 @@ def order(of: tuple[str, str, str]) -> tuple[int, int, int]:
     return -int(batch), list(PRECISIONS).index(precision), -ord(model.split("_")[1][0])  # tiny, small, base
 
 
-def cell(row: Row | None, official: Row) -> str:
-    return f"{float(row['ms']):.2f} ({float(official['ms']) / float(row['ms']):.2f}x)" if row else ""
+def cell(row: Row | None, than: list[Row]) -> str:
+    if row is None:
+        return ""
+    factors = (f"{float(other['ms']) / float(row['ms']):.2f}x" for other in than)
+    return f"{float(row['ms']):.2f} ({', '.join(factors)})"
 
 
 if __name__ == "__main__":
