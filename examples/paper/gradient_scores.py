@@ -1,14 +1,34 @@
 """Do gradients rank the sites as measuring does? Spearman's rank correlation of both scores.
 
     python examples/paper/gradient_scores.py --device cuda
+
+`--plot-only` tabulates the files that are there, one per task.
 """
 
 from __future__ import annotations
 
-from common import TASKS, batches, pick
-from results import parser, provenance, write_csv, write_markdown
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+from common import SHORT, TASKS, VARIANTS, Task, batches, pick
+from results import parser, read_by_task, write_csv, write_markdown
 
 import vmeanba_fx
+
+METRICS = ("loss", "kl")
+
+
+def rows_of(task: Task, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    graph = None
+    for count in [8] if args.quick else args.images:
+        calibration = batches(*task.load(args.data, True, count, 0, args.device), 32)
+        graph = graph or vmeanba_fx.capture(task.model(args.device), (calibration[0][0][:2],))
+        for variant in (VARIANTS["mean"], VARIANTS["rank4"]):
+            options = {"score": "both", "held_out": False, "progress": False} | variant.calibrate
+            found = {m: vmeanba_fx.calibrate(graph, calibration, metric=m, **options).correlation() for m in METRICS}
+            row = {"task": task.name, "images": count, "replaced by": SHORT[variant.name]}
+            yield row | {m: round(value, 4) for m, value in found.items()}
 
 
 def main() -> None:
@@ -16,26 +36,23 @@ def main() -> None:
     tasks = ["v05", "v0", "deep", "segmentation", "segmentation_scans"]
     p.add_argument("--tasks", nargs="+", choices=list(TASKS), default=tasks)
     p.add_argument("--images", nargs="+", type=int, default=[64, 256])
+    p.add_argument("--plot-only", action="store_true", help="only make the table from the files that are there")
     args = p.parse_args()
-    rows = []
-    for task in pick(args.tasks):
-        graph = None
-        for count in [8] if args.quick else args.images:
-            calibration = batches(*task.load(args.data, True, count, 0, args.device), 32)
-            graph = graph or vmeanba_fx.capture(task.model(args.device), (calibration[0][0][:2],))
-            for label, options in (("mean", {}), ("rank 4", {"reduce": "rank", "rank": 4})):
-                row = {"task": task.name, "images": count, "replaced by": label}
-                for metric in ("loss", "kl"):
-                    plan = vmeanba_fx.calibrate(
-                        graph, calibration, metric=metric, score="both", held_out=False, progress=False, **options
-                    )
-                    row[metric] = plan.correlation()
-                rows.append(row)
-                print(row, flush=True)
-                write_csv(args.out / "gradient_scores.csv", rows)
-    text = [[f"{v:.2f}" if isinstance(v, float) else v for v in row.values()] for row in rows]
+    for task in [] if args.plot_only else pick(args.tasks):
+        rows = []
+        for row in rows_of(task, args):
+            rows.append(row)
+            print(row, flush=True)
+            write_csv(args.out / "gradient_scores" / f"{task.name}.csv", rows)
+    found = read_by_task(args.out / "gradient_scores")
+    text = [
+        [r["task"], r["images"], r["replaced by"], *(f"{float(r[m]):.2f}" for m in METRICS)]
+        for rows, _ in (found[name] for name in TASKS if name in found) for r in rows
+    ]  # fmt: skip
     note = "Spearman's correlation over the sites of measured and gradient scores of the loss and of kl."
-    write_markdown(args.out / "gradient_scores.md", "Gradient scores", list(rows[0]), text, [note, provenance()])
+    notes = [note, "\n".join(origin for _, origins in found.values() for origin in origins)]
+    head = ["task", "images", "replaced by", *METRICS]
+    write_markdown(args.out / "gradient_scores.md", "Gradient scores", head, text, notes)
 
 
 if __name__ == "__main__":
