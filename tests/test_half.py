@@ -7,7 +7,7 @@ import torch
 
 import vmeanba_fx
 from tests.helpers import make_scan_matter
-from tests.test_exact_passes import COMMON, VARIANTS, planned, relative
+from tests.passes.test_exact_passes import COMMON, VARIANTS, planned, relative
 from vmeanba_fx.models import VSSM
 
 BOUND = {torch.float16: 0.01, torch.bfloat16: 0.08}

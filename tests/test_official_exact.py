@@ -1,6 +1,6 @@
 """The exact passes on the official, unmodified VMamba, at odd heights and widths, in all its scan and norm variants.
 
-In float32: its scan returns float32 whatever comes in. tests/test_exact_passes.py has the same variants in float64.
+In float32: its scan returns float32 whatever comes in. tests/passes/test_exact_passes.py has the same variants in float64.
 Skipped unless VMEANBA_OFFICIAL_VMAMBA says where vmamba.py of github.com/MzeroMiko/VMamba lies.
 """
 
@@ -10,7 +10,7 @@ import torch
 import vmeanba_fx
 from tests.helpers import make_scan_matter, relative_error
 from tests.official import load_official
-from tests.test_exact_passes import EXACT, OURS, targets
+from tests.passes.test_exact_passes import EXACT, OURS, targets
 from vmeanba_fx.errors import CaptureError
 
 BASE = {"depths": [1, 1], "dims": 12, "patch_size": 4, "in_chans": 3, "num_classes": 5, "imgsize": 32}

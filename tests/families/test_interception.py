@@ -12,8 +12,8 @@ from torch.fx import _symbolic_trace
 
 import vmeanba_fx
 from tests import zoo
+from tests.capturing.interception import DELTA, EXPECTED, SHORT, A, B, C, Caller, Recorder, U, own_scan
 from tests.families.models import build
-from tests.interception import DELTA, EXPECTED, SHORT, A, B, C, Caller, Recorder, U, own_scan
 from tests.zoo import vmamba_scan_fn
 from vmeanba_fx.capturing.codeswap import CodeSwap
 from vmeanba_fx.capturing.confinement import on_the_cpu

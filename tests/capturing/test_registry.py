@@ -5,7 +5,7 @@ import torch
 
 import vmeanba_fx
 from tests import zoo
-from tests.interception import BIAS, DELTA, A, B, C, D, U
+from tests.capturing.interception import BIAS, DELTA, A, B, C, D, U
 from tests.zoo import selective_scan_fn, vmamba_scan_fn
 from vmeanba_fx.capturing.families import canonical
 from vmeanba_fx.capturing.registry import find_spec, parameter_names, registered_scans, unregister_scan

@@ -6,9 +6,9 @@ from torch import nn
 
 import vmeanba_fx
 from tests import zoo
+from tests.capturing.test_capture import InPlaceBlock
+from tests.capturing.test_capture_sources import AutocastBlock
 from tests.redundant import loader, redundant
-from tests.test_capture import InPlaceBlock
-from tests.test_capture_sources import AutocastBlock
 from vmeanba_fx import CalibrationError, calibrate
 from vmeanba_fx.calibration.gates import Gated, branch_of
 from vmeanba_fx.calibration.gradient import Estimator

@@ -5,7 +5,7 @@ import torch
 
 import vmeanba_fx
 from tests import zoo
-from tests.test_exact_passes import EXACT, OURS, relative, targets
+from tests.passes.test_exact_passes import EXACT, OURS, relative, targets
 
 
 def one_by_one(u, delta, A, B, C, D, bias, after=lambda y: y):

@@ -9,7 +9,7 @@ import torch
 
 import vmeanba_fx
 from tests import zoo
-from tests.interception import ARGUMENTS, BIAS, DELTA, EXPECTED, A, B, C, Caller, D, U, redirected
+from tests.capturing.interception import ARGUMENTS, BIAS, DELTA, EXPECTED, A, B, C, Caller, D, U, redirected
 from tests.zoo import ScanFunction, selective_scan_fn, vmamba_scan_fn
 
 PYBIND = {

@@ -6,7 +6,7 @@ from torch import nn
 
 import vmeanba_fx
 from passes import flatten_positions
-from tests.test_exact_passes import planned, relative
+from tests.passes.test_exact_passes import planned, relative
 from vmeanba_fx.graph import aten, value
 
 MAPS = (aten.linear.default, aten.layer_norm.default, aten.add.Tensor, aten.gelu.default)

@@ -333,7 +333,7 @@ def test_a_full_disk(format, tmp_path):
     path.write_text("the old file")
     code = f"""
 import resource, signal, sys, torch, vmeanba_fx
-from tests import test_export
+from tests.exporting import test_export
 gm = test_export.result("all")
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
@@ -342,7 +342,7 @@ try:
 except vmeanba_fx.ExportError as error:
     print(error)
 """
-    said = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    said = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert said.returncode == 0, said.stderr
     assert said.stdout.startswith(f"cannot write {path}") or "could not be made" in said.stdout
     assert len(said.stdout.splitlines()) == 1

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.symbolic_models import Small, assert_equal, guards_of, images, pad_to_even
+from tests.symbolic.models import Small, assert_equal, guards_of, images, pad_to_even
 from vmeanba_fx.symbolic import GuardError, SymbolicTraceError, check_guard, symbolic_trace
 
 # Decisions: (function, an input like the example, an input for which Python decides otherwise, text in the guard)

@@ -9,7 +9,7 @@ from torch import nn
 
 import vmeanba_fx
 from tests import zoo
-from tests.interception import (
+from tests.capturing.interception import (
     ARGUMENTS,
     BIAS,
     DELTA,

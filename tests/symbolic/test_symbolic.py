@@ -18,7 +18,7 @@ from torch import nn
 import vmeanba_fx
 from tests.helpers import make_scan_matter
 from tests.official import load_official
-from tests.symbolic_models import (
+from tests.symbolic.models import (
     ByDefaultArgument,
     ByGlobal,
     ByKeyword,

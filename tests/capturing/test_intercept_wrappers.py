@@ -7,7 +7,7 @@ import torch
 
 import vmeanba_fx
 from tests import zoo
-from tests.interception import BIAS, DELTA, EXPECTED, SHORT, A, B, C, Caller, D, Recorder, U, own_scan, redirected
+from tests.capturing.interception import BIAS, DELTA, EXPECTED, SHORT, A, B, C, Caller, D, Recorder, U, own_scan, redirected
 from tests.zoo import selective_scan_fn, vmamba_scan_fn
 from vmeanba_fx.capturing.capture import capture_info
 from vmeanba_fx.capturing.intercept import intercept

@@ -7,8 +7,8 @@ import torch
 
 import vmeanba_fx
 from tests import zoo
+from tests.calibration.test_calibrate import Killed, as_json, brute_force, captured, interrupted, shuffled  # noqa: F401
 from tests.redundant import loader, redundant
-from tests.test_calibrate import Killed, as_json, brute_force, captured, interrupted, shuffled  # noqa: F401
 from vmeanba_fx import CalibrationError, Plan, PlanError, calibrate
 
 LOADER = zoo.labelled(4, 4)

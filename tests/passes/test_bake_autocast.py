@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import vmeanba_fx
-from tests.test_exact_passes import planned, relative, targets
+from tests.passes.test_exact_passes import planned, relative, targets
 from vmeanba_fx.graph import aten, value
 
 

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import vmeanba_fx
 from tests import zoo
-from tests.test_capture import InPlaceBlock
-from tests.test_capture_sources import AutocastBlock
+from tests.capturing.test_capture import InPlaceBlock
+from tests.capturing.test_capture_sources import AutocastBlock
 from vmeanba_fx import Batch, CalibrationError, PlanError, calibrate
 from vmeanba_fx.calibration.metrics import unpack
 

@@ -3,11 +3,10 @@
 import torch
 
 import vmeanba_fx
+from tests.helpers import make_scan_matter
 from vmeanba_fx import models
 from vmeanba_fx.calibration.execute import Executor
 from vmeanba_fx.graph import scan_nodes
-
-from .helpers import make_scan_matter
 
 
 def test_little_is_kept_and_partial_runs_equal_whole_ones():

@@ -7,7 +7,7 @@ from torch import nn
 from vmeanba_fx.passes import pack_weights as pack_pass
 
 import vmeanba_fx
-from tests.test_exact_passes import planned, relative, targets
+from tests.passes.test_exact_passes import planned, relative, targets
 from vmeanba_fx.graph import aten
 
 packed_ops = torch.ops.mkldnn

@@ -10,7 +10,7 @@ from vmeanba_fx.passes import fuse_shared
 
 import vmeanba_fx
 from tests.helpers import make_scan_matter
-from tests.test_exact_passes import COMMON, EXACT, OURS, VARIANTS, Walks, relative, targets
+from tests.passes.test_exact_passes import COMMON, EXACT, OURS, VARIANTS, Walks, relative, targets
 from vmeanba_fx.graph import NOT_FUSED, aten
 from vmeanba_fx.models import VSSM
 from vmeanba_fx.ops.directions import direction_table

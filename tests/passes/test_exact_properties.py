@@ -8,7 +8,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import vmeanba_fx
-from tests.test_exact_passes import EXACT, OURS, Walks, relative, targets
+from tests.passes.test_exact_passes import EXACT, OURS, Walks, relative, targets
 from vmeanba_fx.ops.directions import direction_table
 
 TAILS = {
