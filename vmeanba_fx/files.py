@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +97,40 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
         if isinstance(error, OSError):
             raise OSError(error.errno, f"cannot write {target}: {error.strerror}") from None
         raise
+
+
+# -- values in files -----------------------------------------------------------------------------------------------
+
+
+def is_number(v: Any) -> bool:
+    """Finite, and so that the difference of two is."""
+    return isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) <= 1e300
+
+
+def is_count(v: Any) -> bool:
+    return type(v) is int and 0 <= v < 2**53
+
+
+def is_text(v: Any, most: int = 10_000) -> bool:
+    """Nothing that moves a terminal's cursor or hides what stands there, and not without end."""
+    return isinstance(v, str) and len(v) <= most and "".join(v.split()).isprintable()
+
+
+def is_name(v: Any) -> bool:
+    return is_text(v, 1_000) and v.isprintable()
+
+
+def is_flag(v: Any) -> bool:
+    return type(v) is bool
+
+
+def list_of(ok: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, list) and all(map(ok, v))
+
+
+def names_to(ok: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, dict) and all(is_name(name) and ok(item) for name, item in v.items())
+
+
+def fields_of(**kinds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, dict) and set(v) == set(kinds) and all(ok(v[name]) for name, ok in kinds.items())

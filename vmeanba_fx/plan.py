@@ -298,7 +298,7 @@ class Plan:
         scans = {node.meta[SITE] for _, node in scan_nodes(gm)}
         missing = [s.name for s in self.sites if s.name not in scans]
         if missing:
-            raise PlanError(f"the plan is of another model: it has no site named {', '.join(missing)}")
+            raise PlanError(f"the plan is of another model: it has no site named {', '.join(missing)[:300]}")
         mine = Fingerprint.of(gm, seed=self.fingerprint.seed, options=self.fingerprint.options)
         reason = self.fingerprint.difference(mine)
         if reason:
@@ -351,4 +351,4 @@ class Plan:
         try:
             return cls(**plan_fields(content))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise PlanError(f"{name} is not a valid plan: {error}") from None
+            raise PlanError(f"{name} is not a valid plan: {str(error)[:300]}") from None

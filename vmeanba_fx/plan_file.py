@@ -12,6 +12,7 @@ from .calibration.curve import Curve
 from .calibration.fingerprint import Fingerprint
 from .choice import check_group_by
 from .errors import SiteError
+from .files import is_count, is_flag, is_name, is_number, is_text
 from .fitting.reduction import Reduction
 from .passes.mean_scan import check_mean
 from .sites import Site
@@ -48,6 +49,9 @@ def plan_fields(d: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("its version is 1, of an older release; it has no held-out measurements: calibrate again")
     if d.get("version") != _VERSION:
         raise ValueError(f"its version is {d.get('version')!r}, this release reads {_VERSION}")
+    metric, samples = d.get("metric"), d.get("samples")
+    if not is_name(metric) or not is_count(samples):
+        raise ValueError(f"its metric is {repr(metric)[:80]}, of {repr(samples)[:80]} samples")
     sites = [_site(s) for s in _typed(d, "sites", list)]
     if not sites or len({s.name for s in sites}) != len(sites):
         raise ValueError("site names are missing or not unique")
@@ -57,23 +61,25 @@ def plan_fields(d: dict[str, Any]) -> dict[str, Any]:
         if len(values) not in (0, len(sites)):
             raise ValueError(f"{len(values)} {name} for {len(sites)} sites")
     apart = _typed(d, "apart", list)
-    if len(apart) not in (0, len(sites) - 1) or not all(isinstance(v, bool) for v in apart):
+    if len(apart) not in (0, len(sites) - 1) or not all(map(is_flag, apart)):
         raise ValueError("apart is not a list of flags, one for each pair of neighbours")
     base = d["base"]
     scored = bool(lists["scores"] or lists["estimates"])
-    if (base is None) == scored or (base is not None and not _is_number(base)):
+    if (base is None) == scored or (base is not None and not is_number(base)):
         raise ValueError("base is missing or not a finite number")
     check_mean(_typed(d, "mean", str))
     try:
         check_group_by(d["group_by"])
     except SiteError as error:
         raise ValueError(str(error)) from None
-    inputs = _typed(d, "inputs", list)
+    inputs, refused = _typed(d, "inputs", list), _typed(d, "refused", list)
     _check_inputs(inputs)
+    if not all(isinstance(r, list) and len(r) == 2 and all(map(is_text, r)) for r in refused):
+        raise ValueError("refused is not a list of names and reasons")
     return {
-        "sites": sites, "refused": [(str(a), str(b)) for a, b in _typed(d, "refused", list)],
-        "metric": _typed(d, "metric", str), "higher_is_better": _typed(d, "higher_is_better", bool),
-        "mean": d["mean"], "base": None if base is None else float(base), "samples": _typed(d, "samples", int),
+        "sites": sites, "refused": [(name, why) for name, why in refused], "metric": metric,
+        "higher_is_better": _typed(d, "higher_is_better", bool), "mean": d["mean"],
+        "base": None if base is None else float(base), "samples": samples,
         "fingerprint": Fingerprint.from_dict(d["fingerprint"]), "inputs": inputs, "intervals": intervals,
         "reduction": Reduction.from_dict(d["reduction"]) if "reduction" in d else Reduction(), "apart": apart,
         "group_by": d["group_by"],
@@ -82,36 +88,29 @@ def plan_fields(d: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pair(pair: Any) -> tuple[float, float]:
-    if not isinstance(pair, list) or len(pair) != 2 or not all(map(_is_number, pair)):
-        raise ValueError("an interval is not a pair of finite numbers")
+    if not isinstance(pair, list) or len(pair) != 2 or not all(map(is_number, pair)) or pair[0] > pair[1]:
+        raise ValueError("an interval is not a pair of finite numbers, the lower one first")
     return float(pair[0]), float(pair[1])
 
 
 def _typed(d: dict[str, Any], key: str, kind: type) -> Any:
     if key not in d:
         raise ValueError(f"{key} is missing")
-    if not isinstance(d[key], kind) or (kind is int and isinstance(d[key], bool)):
+    if not isinstance(d[key], kind):
         raise ValueError(f"{key} is a {type(d[key]).__name__}, expected {kind.__name__}")
     return d[key]
 
 
-def _is_number(v: Any) -> bool:
-    return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
-
-
 def _numbers(d: dict[str, Any], key: str) -> list[float]:
     values = _typed(d, key, list)
-    if not all(map(_is_number, values)):
+    if not all(map(is_number, values)):
         raise ValueError(f"{key} holds something that is not a finite number")
     return [float(v) for v in values]
 
 
 _FIELDS: dict[str, Callable[[Any], bool]] = {
-    name: (lambda v, kind=kind: isinstance(v, kind) and (kind is bool or not isinstance(v, bool)))
-    for name, kind in {
-        "name": str, "groups": int, "channels": int, "state": int, "length": int, "dtype": str, "skip": bool,
-        "gate": bool, "annihilated": bool, "reason": str,
-    }.items()
+    "name": is_name, "groups": is_count, "channels": is_count, "state": is_count, "length": is_count, "dtype": is_name,
+    "skip": is_flag, "gate": is_flag, "annihilated": is_flag, "reason": is_text,
 }  # fmt: skip
 
 
@@ -120,24 +119,25 @@ def _site(d: Any) -> Site:
         raise ValueError("a site with missing or unknown fields")
     for name, ok in _FIELDS.items():
         if not ok(d[name]):
-            raise ValueError(f"a site whose {name} is {d[name]!r}")
+            raise ValueError(f"a site whose {name} is {repr(d[name])[:80]}")
     if min(d[name] for name in ("groups", "channels", "state", "length")) < 1:
         raise ValueError(f"a site of no size, {d['name']!r}")
     return Site(**d)
 
 
 _MAX_ELEMENTS = 2**28  # of all example inputs together: reading a plan must not allocate without bound
+_MAX_DIMS = 16
 
 
 def _check_inputs(inputs: list[Any]) -> None:
     elements = 0
     for item in inputs:
-        if not isinstance(item, dict) or not isinstance(item.get("key"), (int, str)):
+        if not isinstance(item, dict) or not (is_count(item.get("key")) or is_name(item.get("key"))):
             raise ValueError(f"an input described as {str(item)[:80]}")
         if set(item) == {"key", "value"} and not isinstance(item["value"], (list, dict)):
             continue
         shape = item.get("shape")
-        whole = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+        whole = isinstance(shape, list) and len(shape) <= _MAX_DIMS and all(map(is_count, shape))
         if set(item) != {"key", "shape", "dtype"} or not whole or dtype_of(item["dtype"]) is None:
             raise ValueError(f"an input described as {str(item)[:80]}")
         elements += math.prod(shape)

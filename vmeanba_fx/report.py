@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 from torch import fx
 
 from .errors import VMeanbaError
+from .files import fields_of, is_count, is_flag, is_name, is_number, is_text, list_of, names_to
 from .graph import NOT_FUSED, REPORT, SITE, graph_modules
 from .passes.manager import PassRecord
 
@@ -116,25 +117,26 @@ class Report:
         Raises:
             ValueError: it is not that of a report.
         """
-        kinds = {
-            "chosen": list, "metric": str, "base": float | int | None, "impacts": dict, "mean": str, "flops_before": int,
-            "flops_after": int, "passes": list, "table": str,
-        }  # fmt: skip
-        for name, kind in kinds.items():
-            if not isinstance(d.get(name), kind):
-                raise ValueError(f"a report whose {name} is {str(d.get(name))[:80]!r}")
-        try:
-            known = {f.name: d[f.name] for f in fields(cls) if f.name in d}
-            passes = tuple(PassRecord(**record) for record in d["passes"])
-            if known.get("speed") is not None:
-                known["speed"] = Speed(**known["speed"])
-            found = cls(
-                **known | {"chosen": tuple(d["chosen"]), "passes": passes, "refitted": tuple(d.get("refitted", ()))}
-            )
-            str(found)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"a report of unknown form: {error}") from None
-        return found
+        for name, ok in _FIELDS.items():
+            if not ok(d[name]) if name in d else name in _NEEDED:
+                raise ValueError(f"a report whose {name} is {repr(d.get(name))[:80]}")
+        known = {name: tuple(d[name]) if isinstance(d[name], list) else d[name] for name in _FIELDS if name in d}
+        known["passes"] = tuple(PassRecord(**record) for record in d["passes"])
+        if known.get("speed") is not None:
+            known["speed"] = Speed(**known["speed"])
+        return cls(**known)
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "chosen": list_of(is_name), "metric": is_name, "base": lambda v: v is None or is_number(v), "impacts": names_to(is_number),
+    "mean": is_name, "flops_before": is_count, "flops_after": is_count, "table": lambda v: is_text(v, 10**6),
+    "passes": list_of(fields_of(
+        name=is_name, exact=is_flag, nodes_before=is_count, nodes_after=is_count, seconds=is_number, changed=is_flag
+    )),
+    "ranks": names_to(is_count), "refitted": list_of(is_text), "unfused": names_to(is_text), "judged": is_text,
+    "speed": lambda v: v is None or fields_of(asked=is_number, predicted=is_number, measured=is_number, device=is_name)(v),
+}  # fmt: skip
+_NEEDED = {f.name for f in fields(Report) if f.default is MISSING and f.default_factory is MISSING}
 
 
 def reasons(gm: fx.GraphModule) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,8 @@ def test_data_files(capsys, tmp_path, spec, images):
         "unlabelled.npz": ({"pictures": images.numpy()}, "holds no 'images'"),
         "bytes.npz": ({"images": images.to(torch.uint8).numpy()}, "floating point"),
         "labels.npz": ({"images": images.numpy(), "labels": np.zeros(5, int)}, "each of the 12 images"),
+        "one.npz": ({"images": images.numpy(), "labels": np.array(3)}, "each of the 12 images"),
+        "complex.npz": ({"images": images.numpy(), "labels": np.zeros(12, complex)}, "each of the 12 images"),
         "pickle.npz": ({"images": np.array([object()], dtype=object)}, "cannot be read"),
         "channels.npz": ({"images": np.zeros((2, 3, 32, 32), np.float32)}, "does not run on the example input"),
         "none.npz": ({"images": np.zeros((0, 1, 32, 32), np.float32)}, "at least one"),
@@ -100,6 +103,14 @@ def test_data_files(capsys, tmp_path, spec, images):
         assert message in refused(capsys, *argv, tmp_path / name), name
     (tmp_path / "cut.npz").write_bytes((tmp_path / "labels.npz").read_bytes()[:300])
     assert "cannot be read" in refused(capsys, *argv, tmp_path / "cut.npz")
+    np.save(tmp_path / "one.npy", images.numpy())
+    (tmp_path / "one.npy").rename(tmp_path / "bare.npz")
+    assert "not a zip file" in refused(capsys, *argv, tmp_path / "bare.npz")
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("images.npy", "w", force_zip64=True) as member:
+            for _ in range(65):
+                member.write(bytes(2**24))
+    assert "compressed to less than 1/100" in refused(capsys, *argv, tmp_path / "bomb.npz")
 
 
 def test_named_data_sets(capsys, tmp_path, spec):

@@ -271,7 +271,7 @@ def test_aoti_in_a_process_without_python(package, tmp_path):
     abi = int(torch._C._GLIBCXX_USE_CXX11_ABI)
     command = ["g++", "-std=c++20", "-O0", f"-D_GLIBCXX_USE_CXX11_ABI={abi}", str(LOADER), "-o", str(tmp_path / "loader")]
     command += [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}", f"-L{root / 'lib'}"]
-    command += [f"-Wl,-rpath,{root / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10", "-ldl"]
+    command += [f"-Wl,-rpath,{root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
     subprocess.run(command, check=True, capture_output=True, text=True)
     x = images(3)
     (tmp_path / "x").write_bytes(x.numpy().tobytes())

@@ -211,6 +211,16 @@ def add(name, data):
     return run
 
 
+def report(**change):
+    """The report changed."""
+
+    def run(files, marker):
+        name = next(n for n in files if n.endswith("extra/report.json"))
+        files[name] = json.dumps(json.loads(files[name]) | change).encode()
+
+    return run
+
+
 FILES = {
     "pickle for inputs": (add("ROOT/data/sample_inputs/model.pt", pickled), "Python objects"),
     "pickle for inputs, plain": (add("ROOT/data/sample_inputs/model.pt", lambda m: pickle.dumps(Harm(m))), "Python objects"),
@@ -227,7 +237,20 @@ FILES = {
     "second model": (add("ROOT/models/other.json", b"{}"), "a record"),
     "second folder": (add("other/extra/x", b"{}"), "several folders|readable"),
     "old format": (add("serialized_state_dict.pt", pickled), "a record"),
-    "report of another kind": (add("ROOT/extra/report.json", b'{"chosen": 1}'), "a report whose chosen is '1'"),
+    "report of another kind": (add("ROOT/extra/report.json", b'{"chosen": 1}'), "a report whose chosen is 1"),
+    "report that clears the screen": (report(table="\x1b[2J"), "a report whose table is"),
+    "report of a metric without end": (report(metric="x" * 10**6), "a report whose metric is"),
+    "report of more than any number has": (report(flops_before=10**4000), "a report whose flops_before is"),
+    "report of less than nothing": (report(flops_after=-1), "a report whose flops_after is -1"),
+    "report of a flag": (report(base=True), "a report whose base is True"),
+    "report of infinite impacts": (report(impacts={"a": 1e999}), "not a number"),
+    "report of impacts that are lists": (report(impacts={"a": [1]}), "a report whose impacts"),
+    "report of sites that are objects": (report(chosen=[{}]), "a report whose chosen"),
+    "report of passes that are none": (report(passes=[None]), "a report whose passes"),
+    "report of reasons in a list": (report(unfused=["a"]), "a report whose unfused"),
+    "report of ranks in a list": (report(ranks=[1]), "a report whose ranks"),
+    "report of another speed": (report(speed={"asked": 1}), "a report whose speed"),
+    "record with a hidden name": (add("ROOT/extra/\u202eplan.json", b"{}"), "a record"),
     "report that is nested": (add("ROOT/extra/report.json", b"[" * 10**5), "nested more than 32 deep"),
     "plan that is none": (add("ROOT/extra/plan.json", b'{"format": "x"}'), "not a valid plan"),
     "extra file that is large": (add("ROOT/extra/plan.json", b" " * (5 * 2**20)), "larger than 4 MiB"),
@@ -273,6 +296,22 @@ def test_zip_bombs(good, tmp_path):
     at = content.rindex(b"PK\x01\x02")
     content[at + 20 : at + 28] = struct.pack("<II", 2**31, 2**31)
     refused(bytes(content), tmp_path, "")
+
+
+def test_records_without_end(tmp_path):
+    refused(b"PK\x01\x02" * 200_000 + packed({"a/x": b""}), tmp_path, "more than 100,000 records")
+
+
+def test_what_is_no_plain_file(tmp_path):
+    """Nothing is read of devices, pipes, folders, and of large files that are no archives."""
+    (tmp_path / "zero.pt2").symlink_to("/dev/zero")
+    (tmp_path / "folder.pt2").mkdir()
+    os.mkfifo(tmp_path / "pipe.pt2")
+    with open(tmp_path / "sparse.pt2", "wb") as file:
+        file.truncate(2**40)
+    for name in ("zero", "folder", "pipe", "sparse"):
+        with pytest.raises(ExportError, match=f"{name}.pt2: it is no {'readable' if name == 'sparse' else 'plain'}"):
+            load(tmp_path / f"{name}.pt2")
 
 
 def test_truncated_and_damaged_programs(good, tmp_path):

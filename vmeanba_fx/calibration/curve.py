@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import is_count, is_number
 from .batches import Batches
 from .bootstrap import intervals
 from .gradient import Estimator
@@ -55,20 +55,18 @@ class Curve:
         if len(set(map(str, flat))) != len(flat) or not all(type(i) is int and 0 <= i < sites for i in flat):
             raise ValueError("the order of the curve names a site twice, or one that is not there")
         for name in ("ranked", "values", "margins"):
-            if not isinstance(d[name], list) or not all(map(_finite, d[name])) or len(d[name]) not in (0, len(order)):
+            if not isinstance(d[name], list) or not all(map(is_number, d[name])) or len(d[name]) not in (0, len(order)):
                 raise ValueError(f"{name} of the curve are not finite numbers, one per step")
+        if any(margin < 0 for margin in d["margins"]):
+            raise ValueError("a margin of the curve is negative")
         judged = d["base"] is not None
-        if judged != bool(d["values"]) or (judged and not _finite(d["base"])):
+        if judged != bool(d["values"]) or (judged and not is_number(d["base"])):
             raise ValueError("base of the curve is missing or not a finite number")
-        if type(d["samples"]) is not int or type(d["greedy"]) is not bool:
-            raise ValueError("samples or greedy of the curve is of another type")
+        if not is_count(d["samples"]) or type(d["greedy"]) is not bool:
+            raise ValueError("samples of the curve are no count, or greedy no flag")
         numbers = {name: tuple(map(float, d[name])) for name in ("ranked", "values", "margins")}
         base = float(d["base"]) if judged else None
         return cls(tuple(map(tuple, order)), d["greedy"], base=base, samples=d["samples"], **numbers)
-
-
-def _finite(v: Any) -> bool:
-    return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
 
 
 class Walk:

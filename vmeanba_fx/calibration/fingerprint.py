@@ -10,7 +10,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
+from ..files import is_name, is_number, names_to
 from ..graph import SITE, graph_modules
+
+_MAX_OPTIONS = 20
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,17 @@ class Fingerprint:
 
     @classmethod
     def from_dict(cls, d: Any) -> Fingerprint:
-        kinds = {"graph": str, "weights": str, "options": dict, "seed": int, "data": str}
-        if not isinstance(d, dict) or set(d) != set(kinds) or not all(isinstance(d[k], t) for k, t in kinds.items()):
-            raise ValueError("the fingerprint is incomplete")
+        """Raises ``ValueError`` where ``d`` is not what :meth:`to_dict` made."""
+        ok = isinstance(d, dict) and set(d) == set(cls.__dataclass_fields__) and isinstance(d["options"], dict)
+        ok = ok and len(d["options"]) <= _MAX_OPTIONS and names_to(_is_plain)(d["options"])
+        ok = ok and type(d["seed"]) is int and 0 <= d["seed"] < 2**64
+        if not ok or not all(is_name(d[name]) for name in ("graph", "weights", "data")):
+            raise ValueError("the fingerprint is incomplete or holds something that is not part of one")
         return cls(**d)
+
+
+def _is_plain(option: Any) -> bool:
+    return option is None or type(option) is bool or is_number(option) or is_name(option)
 
 
 def _graph_digest(gm: fx.GraphModule) -> str:

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import re
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -24,6 +25,8 @@ from .. import models
 from ..data import FashionMNIST, load_digits_images, make_loader
 from ..errors import VMeanbaError
 from ..models import load_checkpoint
+
+_MOST_COMPRESSED = 100
 
 
 class CommandError(VMeanbaError):
@@ -204,6 +207,7 @@ def _read(path: Path) -> tuple[Tensor, Tensor | None]:
         raise CommandError(f"--data: {path}: no such file")
     try:
         if path.suffix == ".npz":
+            _refuse_bomb(path)
             with np.load(path, allow_pickle=False) as file:
                 found = {name: torch.from_numpy(file[name]) for name in ("images", "labels") if name in file.files}
         else:
@@ -220,12 +224,19 @@ def _read(path: Path) -> tuple[Tensor, Tensor | None]:
         )
     if labels is None:
         return images, None
-    if labels.is_floating_point() or len(labels) != len(images):
+    if labels.is_floating_point() or labels.is_complex() or not labels.dim() or len(labels) != len(images):
         raise CommandError(
             f"--data: {path}: labels are {labels.dtype} {tuple(labels.shape)}; expected one class number for each of "
             f"the {len(images)} images"
         )
     return images, labels.long()
+
+
+def _refuse_bomb(path: Path) -> None:
+    """A small archive that fills the memory when it is read."""
+    with zipfile.ZipFile(path) as archive:
+        if any(info.file_size > max(_MOST_COMPRESSED * info.compress_size, 2**30) for info in archive.infolist()):
+            raise ValueError(f"it is compressed to less than 1/{_MOST_COMPRESSED}, which no images are")
 
 
 def resolve_device(name: str) -> torch.device:

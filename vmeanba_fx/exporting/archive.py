@@ -25,6 +25,7 @@ from ..errors import ExportError
 _MAX_GRAPH = 64 * 2**20  # bytes of JSON; VMamba-B's graph takes about 2 MiB
 _MAX_EXTRA = 4 * 2**20
 _MAX_DEPTH = 200
+_MAX_RECORDS = 100_000
 _RECORDS = re.compile(
     r"archive_format|archive_version|byteorder|\.format_version|\.storage_alignment|\.data/(version|serialization_id)"
     r"|models/model\.json|data/(weights|constants)/(model\.pt|model_(weights|constants)_config\.json|(weight|tensor)_\d+)"
@@ -79,14 +80,17 @@ def _first_line(error: BaseException) -> str:
 
 
 def _vet(content: bytes) -> dict[str, str]:
+    if content.count(b"PK\x01\x02") > _MAX_RECORDS:  # to list them would take seconds
+        raise _Refused(f"it holds more than {_MAX_RECORDS:,} records")
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         records = _records(archive.infolist(), len(content))
     # From here on torch's own reader: what is looked at must be what is loaded.
     reader = torch._C.PyTorchFileReader(io.BytesIO(content))
     if set(reader.get_all_records()) != set(records):
         raise _Refused("its two tables of contents differ")
+    size_of = getattr(reader, "get_record_size", lambda name: len(reader.get_record(name)))  # older PyTorch has no such
     for name, size in records.items():
-        if reader.get_record_size(name) != size:
+        if size_of(name) != size:
             raise _Refused(f"two sizes are given for {name}")
     if "models/model.json" not in records:
         raise _Refused("it holds no model")

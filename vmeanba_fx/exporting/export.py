@@ -11,7 +11,9 @@ import importlib.util
 import json
 import os
 import secrets
+import stat
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,11 +146,7 @@ def load(path: str | os.PathLike[str]) -> Loaded:
     Raises:
         ExportError: the file is missing, damaged, hostile, or of another version of PyTorch.
     """
-    try:
-        content = Path(path).read_bytes()
-    except BAD_PATH as error:
-        raise ExportError(f"cannot read {path}: {reason(error)}") from None
-    program, extra = read_program(content, str(path))
+    program, extra = read_program(_content(path), str(path))
     try:
         gm = reopened(program)
         found = _report(extra["report.json"]) if "report.json" in extra else None
@@ -160,6 +158,21 @@ def load(path: str | os.PathLike[str]) -> Loaded:
     if plan is not None:
         attach_plan(gm, plan.to_dict())
     return Loaded(gm, found, plan)
+
+
+def _content(path: str | os.PathLike[str]) -> bytes:
+    """What the file holds; of one that is no archive nothing is read, however large it is."""
+    try:
+        why = "it is no plain file"  # a device or a pipe, which may have no end
+        if stat.S_ISREG(os.stat(path).st_mode):
+            with open(path, "rb") as file:
+                if zipfile.is_zipfile(file):
+                    file.seek(0)
+                    return file.read()
+            why = "it is no readable .pt2 file (corrupt or truncated?)"
+    except BAD_PATH as error:
+        why = reason(error)
+    raise ExportError(f"cannot read {path}: {why}")
 
 
 def _report(text: str) -> Report:
