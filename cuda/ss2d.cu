@@ -33,7 +33,7 @@
 //   ORDER         positions come from a table
 //   FULL          8 channels for every team
 //   X_LAYOUT      0 any strides; with FULL: 1 unit stride along W, even sizes, aligned to 2 elements; 2 channels last, aligned to 8
-//   OUT_PAIRS     W is even
+//   OUT_LAYOUT    0 rows; 1 rows of even length; 2 channels last
 //   MMA           tensor cores: half or bfloat16 features with unit stride along channels, R even
 //   FETCH         4-byte words in a feature load
 //   BC_APART      B and C are loaded by every lane, not picked by mma: for ranks that fill the lanes' loads without them
@@ -398,6 +398,6 @@ extern "C" __global__ void __launch_bounds__(MEMBERS * TEAMS, MIN_BLOCKS) ss2d(c
         const Element<D_TYPE>::type *source = (const Element<D_TYPE>::type *)p.D + min(site.first_channel + c, channels - 1);
         skip[c] = p.D ? Element<D_TYPE>::load(source) : 0.f;
     }
-    const int64 first_row = site.batch * channels + site.first_channel;
-    site.stage.write((Element<OUT_TYPE>::type *)p.out + first_row * site.stage.length, skip, live, member);
+    const int64 rows = site.batch * channels * site.stage.length, step = OUT_LAYOUT == 2 ? 1 : site.stage.length;
+    site.stage.write((Element<OUT_TYPE>::type *)p.out + rows + site.first_channel * step, skip, live, member, channels);
 }

@@ -140,14 +140,42 @@ struct Stage {
 #endif
     }
 
-    // y ln 2 + D x to device memory, `live` rows of `length` from `target` on.
-    __device__ __forceinline__ void write(Element<OUT_TYPE>::type *target, const float *skip, int live, int member) const {
+    // y ln 2 + D x to device memory, `live` of the 8 channels, the first from `target` on.
+    __device__ __forceinline__ void write(Element<OUT_TYPE>::type *target, const float *skip, int live, int member, int channels) const {
+#if OUT_LAYOUT == 2
+        // Two threads a position, four channels each: then a warp writes whole sectors at a time.
+        const int part = member & 1;
+        const float2 *const from[2] = {y_of(2 * part), y_of(2 * part + 1)};
+        const x_couple *const x_from[2] = {x_of(2 * part), x_of(2 * part + 1)};
+        const float skip_of[4] = {part ? skip[4] : skip[0], part ? skip[5] : skip[1], part ? skip[6] : skip[2], part ? skip[7] : skip[3]};
+#pragma unroll 4
+        for (int position = member / 2; position < length; position += MEMBERS / 2) {
+            const int place = place_of(position);
+            Element<OUT_TYPE>::type *to = target + (int64)position * channels + 4 * part;
+            float v[4];
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const float2 y = from[j][place], x = XCouple::widen(x_from[j][place]);
+                v[2 * j] = fmaf(y.x, LN2, skip_of[2 * j] * x.x);
+                v[2 * j + 1] = fmaf(y.y, LN2, skip_of[2 * j + 1] * x.y);
+            }
+#if FULL
+            Pack<OUT_TYPE, 4> pack;
+            pack.set(v);
+            pack.store(to);
+#else
+#pragma unroll
+            for (int c = 0; c < 4; ++c)
+                if (live > 4 * part + c) Element<OUT_TYPE>::store(to + c, v[c]);
+#endif
+        }
+#else
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             const float2 *from = y_of(j);
             const x_couple *x_from = x_of(j);
             Element<OUT_TYPE>::type *lo = target + (int64)(2 * j) * length, *hi = lo + length;
-#if OUT_PAIRS
+#if OUT_LAYOUT == 1
 #pragma unroll 2
             for (int position = 2 * member; position < length; position += 2 * MEMBERS) {
                 const int place = place_of(position);
@@ -169,5 +197,6 @@ struct Stage {
             }
 #endif
         }
+#endif
     }
 };

@@ -62,6 +62,7 @@ def main() -> None:
     map_scan(2, 9, 14, 28, 6, 4, half)
     map_scan(1, 8, 96, 80, 6, 1, half)
     map_scan(3, 40, 8, 8, 24, 1, half, padding=6, channels_last=True)
+    map_scan(2, 13, 9, 7, 6, 1, single, channels_last=True)
     map_scan(1, 8, 6, 6, 4, 1, half, K=2, order=torch.stack([torch.randperm(36, device="cuda") for _ in range(2)]))
     a, b = torch.rand(2, 2, 3, 40, device="cuda"), normal(2, 2, 2, 3, 40)
     ops.linear_scan(a, b, a)

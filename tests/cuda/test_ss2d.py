@@ -6,6 +6,7 @@ import torch
 from vmeanba_fx import ops
 from vmeanba_fx.ops import cuda_ss2d, naive
 from vmeanba_fx.ops.directions import direction_table
+from vmeanba_fx.ops.library import is_channels_last
 
 HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
 # Arithmetic is float32 on the inputs as given; what is left is how softplus is fitted and how the output is rounded.
@@ -45,7 +46,8 @@ def check(arguments, directions=None, order=None, softplus=True, out_dtype=FLOAT
     poison = torch.full(x.shape, float("nan"), dtype=out_dtype, device="cuda")
     del poison  # the allocator hands this block to the output
     out = ops.ss2d(**arguments, directions=directions, order=order, delta_softplus=softplus, out_dtype=out_dtype)
-    assert out.dtype == out_dtype and out.shape == x.shape and out.is_contiguous()
+    assert out.dtype == out_dtype and out.shape == x.shape
+    assert (out.permute(0, 2, 3, 1) if is_channels_last(x) else out).is_contiguous()
     error = ((out.double() - expected).norm() / expected.norm()).item()
     limit = tolerance or max(TOLERANCE[out_dtype], 2e-5 if x.dtype != FLOAT else 0)
     assert error < limit, f"relative error {error:.2e}"
@@ -68,6 +70,15 @@ def test_stages_of_vmamba(D, side, R, dtype):
 @pytest.mark.parametrize(("D", "R", "padding"), [(1, 2, 0), (13, 6, 0), (21, 10, 3)])
 def test_odd_sizes(H, W, D, R, padding, dtype):
     check(make(3, D, H, W, R, dtype=dtype, padding=padding))
+
+
+@pytest.mark.parametrize("dtype", [HALF, FLOAT])
+@pytest.mark.parametrize(("D", "H", "W"), [(96, 14, 14), (24, 56, 8), (21, 9, 7), (3, 1, 5), (20, 5, 1), (16, 96, 80), (8, 12, 16)])
+def test_channels_last(D, H, W, dtype):
+    arguments = make(3, D, H, W, 6, dtype=dtype)
+    arguments["x"] = arguments["x"].to(memory_format=torch.channels_last)
+    check(arguments)
+    check(arguments, out_dtype=dtype)
 
 
 @pytest.mark.parametrize("directions", [[0], [3], [2, 1], [0, 1, 2, 3, 4, 5, 6, 7], [7, 7, 0], [0, 2, 1, 3]])
@@ -239,3 +250,5 @@ def test_opcheck():
     arguments = make(2, 16, 14, 14, 6)
     flat = (*arguments.values(), FOUR, None, True)
     torch.library.opcheck(torch.ops.vmeanba_fx.ss2d.default, flat, test_utils=("test_schema", "test_faketensor"))
+    last = (flat[0].to(memory_format=torch.channels_last), *flat[1:])
+    torch.library.opcheck(torch.ops.vmeanba_fx.ss2d.default, last, test_utils=("test_schema", "test_faketensor"))

@@ -141,6 +141,8 @@ def test_channels_last_maps():
     arguments["x"] = arguments["x"].contiguous(memory_format=torch.channels_last)
     arguments["feats"] = arguments["feats"].permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
     check("ss2d", arguments)
+    assert ops.ss2d(**arguments).is_contiguous(memory_format=torch.channels_last)
+    torch.library.opcheck(torch.ops.vmeanba_fx.ss2d.default, (*arguments.values(),), test_utils="test_faketensor")
 
 
 def test_direction_codes_and_their_table_agree():

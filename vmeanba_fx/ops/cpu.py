@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, cpu_jit
-from .library import LIBRARY, empty_tail
+from .library import LIBRARY, empty_map
 from .recurrence import scan_rows, scan_steps_
 from .tiles import blocks, tiles
 
@@ -83,7 +83,7 @@ def broadcast_add(y, u, D, out_dtype=None):
     """y (B, K, 1, L); u (B, K*D, L); D (K*D,). Returns y + D*u, (B, K*D, L)."""
     checks.check_broadcast_add(y, u, D, out_dtype)
     dtype, grouped = compute_dtype(u), (y.shape[1], -1)
-    out = empty_tail(u, out_dtype or u.dtype)
+    out = empty_map(u, out_dtype or u.dtype)
     channels = out.unflatten(1, grouped)
     if D is None:
         channels.copy_(y)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import backward, cpu, cuda_runtime
 from .cuda_runtime import TYPE_CODES
-from .library import LIBRARY, empty_tail, is_channels_last
+from .library import LIBRARY, empty_map, is_channels_last
 
 MAX_STATES = 256
 _MAX_ROWS = 2**31 - 1
@@ -314,7 +314,7 @@ def broadcast_add(y, u, D, out_dtype=None):
             return cpu.broadcast_add(y, u, D, out_dtype)
         _tail_launches.add(key, launch)
     kernel, grid, sizes = launch
-    out = empty_tail(u, out_dtype or u.dtype)
+    out = empty_map(u, out_dtype or u.dtype)
     kernel.launch(grid, 256, 0, (y.data_ptr(), u.data_ptr(), pointer(skip), out.data_ptr(), *sizes))
     return out
 

@@ -1,10 +1,10 @@
 """`ss2d` on CUDA: one launch of `cuda/ss2d.cu`. This module chooses the kernel variant and its shared memory.
 
-Layouts. `x` is fast as (B, D, H, W) contiguous and as channels-last. `feats` is fast in half or bfloat16 as records:
-the K * F values of a position next to each other, F >= R + 2N per direction: `feats` is a view of a (B, H*W, K, F)
-tensor, as one GEMM `x @ weights` writes it. F a multiple of 8 is best (16-byte loads, whole sectors): pad the GEMM's
-weights with rows of zeros, so that R + 2N = 14, 26, 50 become F = 16, 32, 56. Half features in other layouts are copied
-to that one first. float32 features are read as they lie.
+Layouts. `x` is fast as (B, D, H, W) contiguous and as channels-last; the output lies in memory as `x` does. `feats` is
+fast in half or bfloat16 as records: the K * F values of a position next to each other, F >= R + 2N per direction: `feats`
+is a view of a (B, H*W, K, F) tensor, as one GEMM `x @ weights` writes it. F a multiple of 8 is best (16-byte loads, whole
+sectors): pad the GEMM's weights with rows of zeros, so that R + 2N = 14, 26, 50 become F = 16, 32, 56. Half features in
+other layouts are copied to that one first. float32 features are read as they lie.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from . import compose, cuda_runtime
 from .cuda import LaunchCache, layout, pointer, type_code, usable
 from .cuda_runtime import TYPE_CODES
 from .directions import direction_table
-from .library import LIBRARY
+from .library import LIBRARY, empty_map, is_channels_last
 
 _MAX_DIRECTIONS = 16  # direction codes travel in one 64-bit integer
 _MAX_LENGTH = 2**30
@@ -62,7 +62,7 @@ def ss2d(x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplu
         tensors = _prepared(*tensors, directions)
         directions = directions if tensors[6] is None else []
         return ss2d(*tensors[:6], directions, tensors[6], delta_softplus, out_dtype)
-    out = torch.empty(x.shape, dtype=out_dtype or x.dtype, device=x.device)
+    out = empty_map(x, out_dtype or x.dtype)
     workspace = torch.empty(plan.workspace, dtype=torch.uint8, device=x.device) if plan.workspace else None
     pointers = (pointer(t) for t in (*tensors[:6], out, order, workspace))
     plan.kernel.launch((plan.blocks, 1, 1), plan.threads, plan.shared, (*pointers, *plan.sizes))
@@ -177,7 +177,7 @@ def _make_plan(x, feats, dt_weight, A, D, delta_bias, order, directions, softplu
         *((name, value * bake) for name, value in baked.items()),
         *(("WHOLE", int(whole)), ("SPECIAL", int(special)), ("STEADY", int(steady))),
         *(("ORDER", int(order is not None)), ("FULL", int(full)), ("X_LAYOUT", _x_layout(x) * full)),
-        *(("OUT_PAIRS", int(width % 2 == 0)), ("MMA", int(fetch > 0)), ("FETCH", fetch or 1), ("BC_APART", int(apart))),
+        *(("OUT_LAYOUT", 2 if is_channels_last(x) else int(width % 2 == 0)), ("MMA", int(fetch > 0)), ("FETCH", fetch or 1), ("BC_APART", int(apart))),
         ("SPLIT", int(dt_weight.dtype != feats.dtype)),
         ("SPILL", int(spill)),
     )

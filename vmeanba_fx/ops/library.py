@@ -52,21 +52,15 @@ for _schema in SCHEMAS:
     LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def empty_map(x, dtype):
-    """The output of `ss2d`: on the CPU it lies in memory as `x` does (its kernel likes channels-last), else contiguous."""
-    return torch.empty_like(x, dtype=dtype) if x.device.type == "cpu" else x.new_empty(x.shape, dtype=dtype)
-
-
 def is_channels_last(u):
-    """Whether u (B, C, L) lies in memory as (B, L, C)."""
-    return u.transpose(1, 2).is_contiguous() and not u.is_contiguous()
+    """Whether u (B, C, ...) lies in memory as (B, ..., C)."""
+    return u.movedim(1, -1).is_contiguous() and not u.is_contiguous()
 
 
-def empty_tail(u, dtype):
-    """The output of `broadcast_add`: channels-last in memory if u (B, K*D, L) is, else contiguous."""
+def empty_map(u, dtype):
+    """The output of `ss2d` and `broadcast_add` for a map (B, C, ...): channels-last in memory if it is, else contiguous."""
     if is_channels_last(u):
-        batch, channels, length = u.shape
-        return u.new_empty((batch, length, channels), dtype=dtype).transpose(1, 2)
+        return u.new_empty(u.movedim(1, -1).shape, dtype=dtype).movedim(-1, 1)
     return u.new_empty(u.shape, dtype=dtype)
 
 
@@ -114,7 +108,7 @@ def _(x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplus, 
 @_fake("broadcast_add")
 def _(y, u, D, out_dtype=None):
     checks.check_broadcast_add(y, u, D, out_dtype)
-    return empty_tail(u, out_dtype or u.dtype)
+    return empty_map(u, out_dtype or u.dtype)
 
 
 @_fake("selective_scan_backward")
