@@ -73,7 +73,9 @@ def test_odd_sizes(H, W, D, R, padding, dtype):
 
 
 @pytest.mark.parametrize("dtype", [HALF, FLOAT])
-@pytest.mark.parametrize(("D", "H", "W"), [(96, 14, 14), (24, 56, 8), (21, 9, 7), (3, 1, 5), (20, 5, 1), (16, 96, 80), (8, 12, 16)])
+@pytest.mark.parametrize(
+    ("D", "H", "W"), [(96, 14, 14), (24, 56, 8), (21, 9, 7), (3, 1, 5), (20, 5, 1), (16, 96, 80), (8, 12, 16)]
+)
 def test_channels_last(D, H, W, dtype):
     arguments = make(3, D, H, W, 6, dtype=dtype)
     arguments["x"] = arguments["x"].to(memory_format=torch.channels_last)

@@ -177,8 +177,8 @@ def _make_plan(x, feats, dt_weight, A, D, delta_bias, order, directions, softplu
         *((name, value * bake) for name, value in baked.items()),
         *(("WHOLE", int(whole)), ("SPECIAL", int(special)), ("STEADY", int(steady))),
         *(("ORDER", int(order is not None)), ("FULL", int(full)), ("X_LAYOUT", _x_layout(x) * full)),
-        *(("OUT_LAYOUT", 2 if is_channels_last(x) else int(width % 2 == 0)), ("MMA", int(fetch > 0)), ("FETCH", fetch or 1), ("BC_APART", int(apart))),
-        ("SPLIT", int(dt_weight.dtype != feats.dtype)),
+        *(("MMA", int(fetch > 0)), ("FETCH", fetch or 1), ("BC_APART", int(apart))),
+        *(("OUT_LAYOUT", 2 if is_channels_last(x) else int(width % 2 == 0)), ("SPLIT", int(dt_weight.dtype != feats.dtype))),
         ("SPILL", int(spill)),
     )
     sizes = (
