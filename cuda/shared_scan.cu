@@ -100,9 +100,6 @@ struct Params {
 #define STATE_BYTES (CAP * (Element<B_TYPE>::bytes + Element<C_TYPE>::bytes))
 #endif
 #define STAGE_BYTES (PAIR * STATE_BYTES)
-// With one step, what dt needs comes first and is waited for apart: dt is ready when B and C come.
-#define APART (STAGES == 1 && !LINEAR)
-#define BARRIERS (STAGES + APART)
 #define TEAM_BYTES (STAGES * STAGE_BYTES + FRONT_SLOTS * FRONT_BYTES)
 #define ONE_U_BYTES (ONE_U * CAP * RANK * Element<U_TYPE>::bytes)
 
@@ -117,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
     __shared__ float totals[TEAMS][2][TEAM_WARPS];
 #endif
 #if BULK
-    __shared__ __align__(8) int64 arrivals[TEAMS][BARRIERS];
+    __shared__ __align__(8) int64 arrivals[TEAMS][STAGES];
 #endif
     __shared__ float carry[TEAMS][2][NSTATE][RANK];
     const int after = (int)threadIdx.x - TEAMS * TEAM_THREADS;  // not negative: a producer
@@ -144,26 +141,24 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
     uint_t arrival = 0;  // of the first stage; those of other stages and teams follow, 8 bytes apart
 #if BULK
     arrival = (uint_t)__cvta_generic_to_shared(arrivals[0]);
-    if (thread < BARRIERS) arrival_init(arrival + 8 * (team * BARRIERS + thread));
+    if (thread < STAGES) arrival_init(arrival + 8 * (team * STAGES + thread));
     __syncthreads();
 #endif
 
-    // The next step of team `of`: with APART its `front` (delta and u) or its states (B and C). With BULK, before the loop each
-    // array is fetched by another warp; in the loop (`all`), by the producer.
-    auto issue = [&](int of, bool all, bool front) {
+    // The next step of team `of`. With BULK, before the loop each array is fetched by another warp; in the loop (`all`), by the
+    // producer.
+    auto issue = [&](int of, bool all) {
         if (ahead.k < k_end) {
             const Tile tile = tile_at(p, ahead.code(p), ahead.tile);
             const int64 k = ahead.k;
             char *const first = shared + of * TEAM_BYTES, *to = first + ahead.step % STAGES * STAGE_BYTES;
-            const uint_t barrier = arrival + 8 * (of * BARRIERS + (APART && front ? STAGES : ahead.step % STAGES));
-            const bool states = !(APART && front);
+            const uint_t barrier = arrival + 8 * (of * STAGES + ahead.step % STAGES);
             int turn = 0;
             auto who = [&]() { return all ? warp : turn++ % TEAM_WARPS; };
-            const bool fronts = ahead.n == 0 && (front || !APART), one_u_too = ONE_U && of == 0;
             if (BULK && (all ? lane == 0 : thread == 0))
-                arrival_expect(barrier, tile.count * ((states * STAGE_BYTES + fronts * (FRONT_BYTES + one_u_too * ONE_U_BYTES)) / CAP));
+                arrival_expect(barrier, tile.count * ((STAGE_BYTES + (ahead.n == 0 ? FRONT_BYTES : 0) + (of == 0 ? ONE_U_BYTES : 0)) / CAP));
 #pragma unroll
-            for (int m = 0; m < PAIR && states; ++m) {
+            for (int m = 0; m < PAIR; ++m) {
                 const int64 n = n0 + ahead.n + m;
 #if LINEAR
                 fetch<DELTA_TYPE>(to, p.delta + (b * p.delta_b + k * p.delta_k + n * p.delta_n) * Element<DELTA_TYPE>::bytes,
@@ -185,13 +180,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
                 to += CAP * Element<C_TYPE>::bytes;
             }
 #if !LINEAR
-            if (fronts) {
+            if (ahead.n == 0) {
                 to = first + STAGES * STAGE_BYTES + ahead.front % FRONT_SLOTS * FRONT_BYTES;
                 fetch<DELTA_TYPE>(to, p.delta + (b * p.delta_b + k * p.delta_k) * Element<DELTA_TYPE>::bytes, p.delta_h,
                                   p.delta_w, tile, p, thread, who(), barrier);
                 to = ONE_U ? one_u : to + CAP * Element<DELTA_TYPE>::bytes;
 #pragma unroll
-                for (int r = 0; r < RANK && (!ONE_U || one_u_too); ++r) {
+                for (int r = 0; r < RANK && !(ONE_U && of > 0); ++r) {
                     const int64 from = b * p.u_b + k * p.u_k + min(r0 + r, (int)p.rank - 1) * p.u_r;
                     fetch<U_TYPE>(to, p.u + from * Element<U_TYPE>::bytes, p.u_h, p.u_w, tile, p, thread, who(), barrier);
                     to += CAP * Element<U_TYPE>::bytes;
@@ -206,13 +201,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
 #if STAGES == 1
     // One step a team: all are fetched by the first team's warps, so that teams can begin one after the other.
 #pragma unroll 1
-    for (int i = 0; team == 0 && i < TEAMS * BARRIERS; ++i) {
-        ahead = {MERGE ? i % TEAMS : k_first, 0, 0, 0, 0};
-        issue(i % TEAMS, false, i < TEAMS);
+    for (int of = 0; team == 0 && of < TEAMS; ++of) {
+        ahead = {MERGE ? of : k_first, 0, 0, 0, 0};
+        issue(of, false);
     }
 #else
 #pragma unroll
-    for (int s = 0; s < STAGES; ++s) issue(team, false, true);
+    for (int s = 0; s < STAGES; ++s) issue(team, false);
 #endif
 #if !LINEAR
     // A and the bias in base 2, per direction of this block: loads that every step would wait for.
@@ -231,7 +226,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
 #pragma unroll 1
         for (; now.k < k_end; now.advance(p, k_step)) {
             team_barrier(team);
-            issue(team, true, true);
+            issue(team, true);
             if (!MERGE && now.n == NSTATE - PAIR) team_barrier(team);
         }
     }
@@ -245,6 +240,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
     Entry entry;
 #pragma unroll 1
     while (now.k < k_end) {
+        if (BULK) arrival_wait(arrival + 8 * (team * STAGES + now.step % STAGES), now.step / STAGES & 1);
+        if (ONE_U && team > 0) arrival_wait(arrival, 0);
         if (now.n == 0) {
             const Tile tile = tile_at(p, now.code(p), now.tile);
             count = tile.count;
@@ -253,12 +250,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
             for (int r = 0; r < RANK; ++r)
 #pragma unroll
                 for (int i = 0; i < ITEMS; ++i) y[r][i] = 0.f;
-        }
-        const uint_t own = arrival + 8 * team * BARRIERS;
-        if (BULK) arrival_wait(own + 8 * (APART ? STAGES : now.step % STAGES), now.step / STAGES & 1);
 #if !LINEAR
-        if (now.n == 0) {
-            if (ONE_U && team > 0) arrival_wait(arrival + 8 * STAGES, 0);
             const char *front = fronts + now.front % FRONT_SLOTS * FRONT_BYTES;
             const float bias = decays[(now.k - k_base) * (NSTATE + 1) + NSTATE];
             steps.read<DELTA_TYPE>(dt, front, 0);
@@ -279,14 +271,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
 #pragma unroll
                 for (int i = 0; i < ITEMS; ++i) dtu[r][i] *= dt[i];
             }
+#endif
 #if SUMS
             entry.spans_of(dt, lane);
             if (lane == 31) totals[team][now.front & 1][warp] = entry.spans[5];
 #endif
         }
-#endif
 
-        if (APART) arrival_wait(own, 0);
         const char *stage = stages + now.step % STAGES * STAGE_BYTES;
         float reach[PAIR][ITEMS], h[PAIR][RANK], product[PAIR], decay[PAIR];
 #if RESCAN
@@ -358,7 +349,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
         }
         if (!BULK) wait<STAGES < 2 ? 0 : STAGES - 2>();
         team_barrier(team);  // aggregates are there, this stage has been read, and without BULK the next one has arrived
-        if (!BULK) issue(team, true, true);
+        if (!BULK) issue(team, true);
 
         // The state before this thread: what other warps and the last tile's carry leave, then what lower lanes leave.
         const bool more = !ONE_TILE && now.tile + 1 < now.tiles(p);

@@ -137,7 +137,6 @@ template <int KIND> __device__ __forceinline__ void scan_direction(const Params 
     bool past_own = FRONTS == 1;
     for (int tile = site.warp; tile < site.tiles; tile += WARPS) {
         const int start = (tile * 8 + segment) * SEG;
-        auto is_in = [&](int step) { return STEADY || start + (WHOLE && !ORDER ? 0 : step) < length; };
         const Steps steps = next;
         const f_type *record = feats + steps.first() * f_p;
 
@@ -312,10 +311,11 @@ template <int KIND> __device__ __forceinline__ void scan_direction(const Params 
         }
 #pragma unroll
         for (int from = 0; from < SEG; from += 7) {
-            float2 sum[7] = {};
+            float2 sum[7];
 #pragma unroll
             for (int i = 0; i < 7; ++i)
-                if (from + i < SEG && is_in(from + i)) sum[i] = y_of_lane[steps.place(from + i)];
+                if (from + i < SEG) sum[i] = y_of_lane[steps.place(from + i)];
+            if (!STEADY) __syncwarp();  // lanes past the end have read, in vain, what another lane is about to write
 #pragma unroll
             for (int i = 0; i < 7; ++i)
                 if (from + i < SEG) {
@@ -329,7 +329,7 @@ template <int KIND> __device__ __forceinline__ void scan_direction(const Params 
                     sum[i].x += y[step][0];
                     sum[i].y += y[step][1];
 #endif
-                    if (is_in(step)) y_of_lane[steps.place(step)] = sum[i];
+                    if (STEADY || start + (WHOLE && !ORDER ? 0 : step) < length) y_of_lane[steps.place(step)] = sum[i];
                 }
         }
         if (FRONTS == 2 && tile < own_tiles && tile + WARPS >= own_tiles) arrive(passed);

@@ -172,7 +172,7 @@ def _fit(problem, baked, merge, parts, rank, teams, tile, items, stages, pair, s
         front, stage = -(-stages * pair // states) * (size_delta + (not one_u) * rank * size_u), pair * (size_B + size_C)
     shared = teams * (cap * (stages * stage + front) + rank * sum_cap * 4) + one_u * cap * rank * size_u
     shared += 4 * (problem.groups if merge else 1) * (states + 1)
-    fixed = teams * 2 * 4 * (threads // 32 * (pair * rank + pair + 1) + states * rank + stages + (stages == 1))
+    fixed = teams * 2 * 4 * (threads // 32 * (pair * rank + pair + 1) + states * rank + stages)
     if shared + fixed > shared_limit - 1024:
         return None
     return Plan(
