@@ -312,10 +312,12 @@ template <int KIND> __device__ __forceinline__ void scan_direction(const Params 
 #pragma unroll
         for (int from = 0; from < SEG; from += 7) {
             float2 sum[7];
+            // Lanes past the end read, in vain, what another lane of the warp has written or is about to write.
+            if (!STEADY && from > 0) __syncwarp();
 #pragma unroll
             for (int i = 0; i < 7; ++i)
                 if (from + i < SEG) sum[i] = y_of_lane[steps.place(from + i)];
-            if (!STEADY) __syncwarp();  // lanes past the end have read, in vain, what another lane is about to write
+            if (!STEADY) __syncwarp();
 #pragma unroll
             for (int i = 0; i < 7; ++i)
                 if (from + i < SEG) {
