@@ -75,7 +75,7 @@ def run_passes(
         raise PassError(f"no pass named {', '.join(sorted(map(str, unknown)))} to skip; the passes are: {known}")
     records: list[PassRecord] = []
     expected = _outputs(gm, verify_args)
-    for i, step in enumerate(p for p in passes if p.name not in skip):
+    for i, step in enumerate((p for p in passes if p.name not in skip), 1):
         before, code = _count(gm), _code(gm)
         start = time.perf_counter()
         gm = step.run(gm)

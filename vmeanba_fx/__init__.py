@@ -21,7 +21,7 @@ from .calibration.calibrate import calibrate
 from .calibration.metrics import Batch
 from .capturing.capture import capture
 from .capturing.families import canonical as _canonical  # noqa: F401  registers the signatures of public code
-from .capturing.registry import ScanCall, register_scan
+from .capturing.registry import ScanCall, register_scan, unregister_scan
 from .errors import (
     CalibrationError,
     CaptureError,
@@ -70,4 +70,5 @@ __all__ = [
     "report",
     "symbolic_trace",
     "transform",
+    "unregister_scan",
 ]

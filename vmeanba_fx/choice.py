@@ -145,7 +145,7 @@ def units_of(sites: Sequence[Site], group_by: str | None, kept_out: Iterable[str
     """Indices of the sites that are replaced together; a group of which one site must stay, stays whole."""
     groups: dict[str, list[int]] = {}
     for i, site in enumerate(sites):
-        groups.setdefault(site.name if group_by is None else site.name.split("#")[0], []).append(i)
+        groups.setdefault(site.name if group_by is None else site.module, []).append(i)
     stays = set(kept_out)
     return [tuple(unit) for unit in groups.values() if not any(sites[i].name in stays for i in unit)]
 

@@ -153,7 +153,7 @@ def judged(plan: Plan, chosen: list[str], max_drop: float) -> str:
     if step is None:
         return text + "already the least harmful site costs more"
     margin = curve.margins[step] if curve.margins else None
-    text += f"worse by {plan.drops()[step]:.5f}" + ("" if margin is None else f" +- {margin:.5f}")
+    text += f"worse by {_number(plan.drops()[step])}" + ("" if margin is None else f" +- {_number(margin)}")
     return text if margin is not None and margin <= max_drop else text + "; too few samples to be sure of it"
 
 
@@ -188,18 +188,18 @@ def plan_of(gm: fx.GraphModule) -> dict[str, Any] | None:
 def site_table(plan: Plan, chosen: set[str]) -> str:
     """tabulate table of a plan's sites; FLOPs are per image, as the paper's authors count them (millions)."""
     rows = []
-    ranks = {i: r for r, i in enumerate(plan.order())} if plan.scored else {}
+    places = {i: place for place, i in enumerate(plan.order(), 1)} if plan.scored else {}
     for i, s in enumerate(plan.sites):
-        impact = f"{plan.impact(i):+.5f}" if plan.scored else "-"
-        estimate = [f"{plan.estimates[i]:+.5f}"] if plan.scores and plan.estimates else []
+        impact = _number(plan.impact(i), "+") if plan.scored else "-"
+        estimate = [_number(plan.estimates[i], "+")] if plan.scores and plan.estimates else []
         rows.append(
-            [s.name, s.groups, s.channels, s.state, s.length, s.kind, impact, ranks.get(i, "-"), _margin(plan, i),
+            [s.name, s.groups, s.channels, s.state, s.length, s.kind, impact, places.get(i, "-"), _margin(plan, i),
              *estimate, f"{s.flops() / 1e6:.3g}", f"{plan.flops_replaced(s) / 1e6:.3g}",
              "replaced" if s.name in chosen else ""]
         )  # fmt: skip
     what = f"impact ({plan.metric})" if plan.scores or not plan.scored else f"gradient impact ({plan.metric})"
     gradient = ["gradient"] if plan.scores and plan.estimates else []
-    head = ["site", "K", "D", "N", "L", "kind", what, "rank", "+-", *gradient, "MFLOPs", "after", "chosen"]
+    head = ["site", "K", "D", "N", "L", "kind", what, "order", "+-", *gradient, "MFLOPs", "after", "chosen"]
     align = ("left", *["right"] * 4, "left", *["right"] * (len(head) - 7), "left")
     return tabulate(rows, head, disable_numparse=True, colalign=align)
 
@@ -208,7 +208,11 @@ def _margin(plan: Plan, i: int) -> str:
     if not plan.intervals:
         return "-"
     low, high = plan.intervals[i]
-    return f"{(high - low) / 2:.5f}"
+    return _number((high - low) / 2)
+
+
+def _number(v: float, sign: str = "") -> str:
+    return f"{v:{sign}.5f}" if v == 0 or abs(v) >= 1e-4 else f"{v:{sign}.1e}"
 
 
 def plan_text(plan: Plan) -> str:
@@ -253,12 +257,12 @@ def _curve_table(plan: Plan) -> str:
         pairs = [(v, plan.worse(v), "-") for v in curve.ranked]
     else:
         judged = f"on {curve.samples} held-out samples, {plan.metric} of the unchanged model {curve.base:.6g}"
-        margins = [f"{m:.5f}" for m in curve.margins] or ["-"] * len(curve.order)
+        margins = [_number(m) for m in curve.margins] or ["-"] * len(curve.order)
         pairs = list(zip(curve.values, plan.drops(), margins, strict=True))
     if not pairs:
         return ""
     rows = [
-        [step, ", ".join(plan.sites[i].name for i in unit), f"{value:.6g}", f"{drop:+.5f}", margin]
+        [step, ", ".join(plan.sites[i].name for i in unit), f"{value:.6g}", _number(drop, "+"), margin]
         for step, (unit, (value, drop, margin)) in enumerate(zip(curve.order, pairs, strict=True), 1)
     ]
     table = tabulate(rows, ["replaced", "the last one", plan.metric, "worse by", "+-"], disable_numparse=True,

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from tabulate import tabulate
 from torch import Tensor, fx
 
 from .analysis.regions import concrete_shape, is_annihilated
@@ -83,8 +84,6 @@ class SiteList(list[Site]):
         self.refused = refused
 
     def __str__(self) -> str:
-        from tabulate import tabulate
-
         rows = [
             [s.name, s.groups, s.channels, s.state, s.length, s.dtype, "yes" if s.skip else "no",
              "yes" if s.gate else "no", s.kind, s.reason]
@@ -122,15 +121,22 @@ def find_sites(gm: fx.GraphModule, *, probe: bool = True) -> SiteList:
     if not sites and REPORT in gm.meta:
         raise NoSitesError("this model was rewritten already: transform the original one")
     if not sites:
-        detail = "; ".join(f"{name}: {why}" for name, why in refused)
+        detail = f" ({_by_reason(refused)})" if refused else ""
         hint = f". This looks like one: {'; '.join(info.lookalikes)}" if info.lookalikes else ""
-        raise NoSitesError(
-            "the model has no selective scan to rewrite" + (f" ({detail})" if detail else "") + hint
-            + ". Teach vmeanba_fx a signature that it does not know with vmeanba_fx.register_scan"
-        )  # fmt: skip
+        known = bool(refused) and not info.lookalikes
+        teach = "" if known else ". Teach vmeanba_fx a signature that it does not know with vmeanba_fx.register_scan"
+        raise NoSitesError(f"the model has no selective scan to rewrite{detail}{hint}{teach}")
     if probe:
         _probe(gm, sites)
     return SiteList(sites, refused)
+
+
+def _by_reason(refused: list[tuple[str, str]]) -> str:
+    """Every reason once, with the names that it is given for."""
+    names: dict[str, list[str]] = {}
+    for name, why in refused:
+        names.setdefault(why, []).append(name)
+    return "; ".join(f"{', '.join(some[:3])}{', ...' if some[3:] else ''}: {why}" for why, some in names.items())
 
 
 def _refusal(node: fx.Node) -> str:

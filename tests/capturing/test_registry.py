@@ -8,7 +8,7 @@ from tests import zoo
 from tests.capturing.interception import BIAS, DELTA, A, B, C, D, U
 from tests.zoo import selective_scan_fn, vmamba_scan_fn
 from vmeanba_fx.capturing.families import canonical
-from vmeanba_fx.capturing.registry import find_spec, parameter_names, registered_scans, unregister_scan
+from vmeanba_fx.capturing.registry import find_spec, parameter_names, registered_scans
 
 SMALL = zoo.images(2)[:, :, :8, :8]  # L = 4, for scans that export unrolls
 
@@ -34,7 +34,7 @@ def registered():
     before = set(registered_scans())
     yield
     for name in set(registered_scans()) - before:
-        unregister_scan(name)
+        vmeanba_fx.unregister_scan(name)
 
 
 def lookalike(x, dt, A, B, C, D):
@@ -70,10 +70,26 @@ def test_register_scan(by, registered):
 
 
 def test_registration_that_does_not_fit_the_function_changes_no_number(registered):
-    """``foreign_scan`` returns (B, L, D), the adapter promises (B, D, L): the function is left as it is."""
+    """``foreign_scan`` returns (B, L, D), the adapter promises (B, D, L): the function is left as it is, with a reason."""
     vmeanba_fx.register_scan("foreign", foreign_scan, adapt=adapt_foreign)
     model = zoo.tiny(1, directions=1, call=foreign_call)
-    torch.testing.assert_close(vmeanba_fx.capture(model, SMALL)(SMALL), model(SMALL), rtol=1e-5, atol=1e-6)
+    gm = vmeanba_fx.capture(model, SMALL)
+    torch.testing.assert_close(gm(SMALL), model(SMALL), rtol=1e-5, atol=1e-6)
+    with pytest.raises(vmeanba_fx.NoSitesError, match=r"blocks.0.op: foreign_scan was registered as 'foreign', but it returns"):
+        vmeanba_fx.find_sites(gm)
+
+
+@pytest.mark.parametrize(
+    ("adapt", "sentence"),
+    [
+        (lambda a: vmeanba_fx.ScanCall(a["u"], a["dt"], a["A"], a["B"], a["C"]), r"fails for foreign_scan\(\): KeyError: 'u'"),
+        (lambda a: None, "gives a NoneType for foreign_scan"),
+    ],
+)
+def test_adapter_that_fails_is_named(registered, adapt, sentence):
+    vmeanba_fx.register_scan("foreign", foreign_scan, adapt=adapt)
+    with pytest.raises(vmeanba_fx.CaptureError, match=f"the adapter of 'foreign' {sentence}"):
+        vmeanba_fx.capture(zoo.tiny(1, directions=1, call=foreign_call), SMALL)
 
 
 def test_register_scan_refuses(registered):
@@ -81,8 +97,12 @@ def test_register_scan_refuses(registered):
         vmeanba_fx.register_scan("selective_scan", foreign_scan, adapt=adapt_foreign)
     with pytest.raises(ValueError, match="parameters"):
         vmeanba_fx.register_scan("nothing to go by", adapt=adapt_foreign)
-    with pytest.raises(KeyError):
-        unregister_scan("never registered")
+    with pytest.raises(TypeError, match="target=3 is not callable"):
+        vmeanba_fx.register_scan("of a number", 3, adapt=adapt_foreign)
+    with pytest.raises(TypeError, match="is not callable"):
+        vmeanba_fx.register_scan("without code", foreign_scan, adapt="foreign_scan")
+    with pytest.raises(ValueError, match="no scan named 'never registered' is registered; these are: "):
+        vmeanba_fx.unregister_scan("never registered")
 
 
 def test_later_registrations_win(registered):

@@ -317,6 +317,8 @@ def _export(
             with _module_stack(private, stack):
                 what = "cannot be exported"
                 program = torch.export.export(private, args, kwargs, dynamic_shapes=shapes, strict=False)
+        except CaptureError:  # of ours, and a sentence already
+            raise
         except Exception as error:
             sizes = ", ".join(str(tuple(t.shape)) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
             message = f"{name} {what} ({sizes}): {type(error).__name__}: {_quoted(error)}"
@@ -347,6 +349,9 @@ def _hints(message: str, interception: Interception, found: Discovery, stacks: l
             "make the type known with torch.export.register_dataclass, or have the model not return it (a cache of "
             "Hugging Face: model.config.use_cache = False)"
         ]
+    if "unexpected keyword argument" in message:
+        return ["inputs go in by the names of the model's parameters; calibrate(..., transform_fn=lambda batch: (inputs, labels)) "
+                "maps a batch of other names"]  # fmt: skip
     hints = [f"{where or 'the model'} has a scan that is refused: {why}" for where, why in interception.refused[:1]]
     if found.lookalikes:
         likely = "; ".join(sorted(found.lookalikes))

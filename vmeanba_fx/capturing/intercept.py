@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import CaptureError
 from .codeswap import CodeSwap
 from .confinement import LOCK
 from .discovery import PYBIND, Discovery, discover
@@ -48,6 +49,19 @@ def _bind(
         raise TypeError(f"{name}(): {error}") from None
     bound.apply_defaults()
     return bound
+
+
+def _adapted(spec: ScanSpec, name: str, bound: inspect.BoundArguments) -> ScanCall:
+    """The canonical call; what goes wrong in an adapter is told as such."""
+    try:
+        call = spec.adapt(bound.arguments)
+    except Refusal:
+        raise
+    except Exception as error:  # a user's function
+        raise CaptureError(f"the adapter of {spec.name!r} fails for {name}(): {type(error).__name__}: {error}") from error
+    if not isinstance(call, ScanCall):
+        raise CaptureError(f"the adapter of {spec.name!r} gives a {type(call).__name__} for {name}(), not a ScanCall")
+    return call
 
 
 def _mamba_ssm_signature(
@@ -94,15 +108,10 @@ class Interception:
         bound = _bind(signature, args, kwargs, name)
         self._entered += 1
         try:
-            call = spec.adapt(bound.arguments)
+            call = _adapted(spec, name, bound)
         except Refusal as refusal:
             self._entered -= spec.proof  # not a scan by its arguments either
-            taken, index = self._taken, len(self.refused)
-            self.refused.append((self.where(), str(refusal)))
-            result = original(*args, **kwargs)
-            if self._taken > taken or len(self.refused) > index + 1:  # a scan inside of it was seen
-                del self.refused[index]
-            return result
+            return self._refuse(str(refusal), original, args, kwargs)
         case = (id(signature), *case_of(bound.arguments))
         if case not in self._verdicts:
             taken = self._taken
@@ -111,10 +120,22 @@ class Interception:
                 log.info("%s has the signature of a scan but is none: %s", name, verdict)
                 if self._taken == taken and spec.proof:  # nothing inside it is a scan either
                     self.disproved.append(f"{name}({', '.join(bound.arguments)}), but {verdict}")
-        if self._verdicts[case]:
-            return original(*args, **kwargs)
+        if verdict := self._verdicts[case]:
+            if spec.proof:
+                return original(*args, **kwargs)
+            known = "was registered as" if spec.target is not None else "has the parameters of"
+            return self._refuse(f"{name} {known} {spec.name!r}, but {verdict}", original, args, kwargs)
         self._taken += 1
         return self.emit(call)
+
+    def _refuse(self, why: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``original`` itself, and the reason why among those refused, unless a scan inside of it was seen."""
+        taken, index = self._taken, len(self.refused)
+        self.refused.append((self.where(), why))
+        result = original(*args, **kwargs)
+        if self._taken > taken or len(self.refused) > index + 1:
+            del self.refused[index]
+        return result
 
     def _verdict(self, spec: ScanSpec, name: str, original: Callable[..., Any], bound: inspect.BoundArguments) -> str:
         """Why a function is not the scan its signature says; empty where it is, or where that has to be believed."""

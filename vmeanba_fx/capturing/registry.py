@@ -107,6 +107,10 @@ def register_scan(
 
     Raises:
         ValueError: the name is taken, or neither ``target`` nor ``parameters`` is given.
+        TypeError: ``target`` or ``adapt`` is no callable.
+
+    A capture runs the function and the adapter's :class:`ScanCall` once on the model's own inputs; where they differ, the
+    scan is left as it is and :func:`vmeanba_fx.find_sites` says so.
 
     Example::
 
@@ -119,13 +123,22 @@ def register_scan(
         raise ValueError(f"a scan named {name!r} is registered already; unregister_scan({name!r}) removes it")
     if target is None and not parameters:
         raise ValueError(f"register_scan({name!r}): give the function itself (target=...) or its parameters=(...)")
+    for what, given in (("target", target), ("adapt", adapt)):
+        if not callable(given) and (given is not None or what == "adapt"):
+            raise TypeError(f"register_scan({name!r}): {what}={given!r} is not callable")
     spec = ScanSpec(name, tuple(parameters or ()), frozenset(optional), adapt, target)
     _SPECS[name] = spec
     return spec
 
 
 def unregister_scan(name: str) -> None:
-    """Remove a registered scan; ``KeyError`` where there is none of that name."""
+    """Forget a registered scan.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in _SPECS:
+        raise ValueError(f"no scan named {name!r} is registered; these are: {', '.join(_SPECS)}")
     del _SPECS[name]
 
 

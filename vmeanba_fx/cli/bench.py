@@ -88,7 +88,7 @@ def bench(args: argparse.Namespace) -> Outcome:
     title = _title(where)
     data: dict[str, Any] = {"environment": where}
     texts = [title]
-    block = args.block if args.block is not None else block_of(model, sites[0].name)
+    block = args.block if args.block is not None else block_of(sites[0])
     plotted: list[Any] = []
     compute = _HALF.get(args.autocast, images.dtype)
     with torch.no_grad(), torch.autocast(device.type, compute, enabled=args.autocast is not None):

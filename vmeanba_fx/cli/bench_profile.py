@@ -13,6 +13,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from ..sites import Site
 from .arguments import CommandError
 
 _RUNS = 5
@@ -28,9 +29,9 @@ class ProfileRow:
     share: float
 
 
-def block_of(model: nn.Module, site: str) -> str:
+def block_of(site: Site) -> str:
     """The block that a site lies in: its innermost module that is an element of a list (``layers.0.blocks.1``)."""
-    parts = site.split("#")[0].split(".")
+    parts = site.module.split(".")
     while parts and not parts[-1].isdigit():
         parts.pop()
     return ".".join(parts)

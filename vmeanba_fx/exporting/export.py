@@ -27,6 +27,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from ..capturing.capture import capture, capture_info, is_captured, reopened
 from ..capturing.confinement import one_at_a_time
 from ..capturing.copies import device_of
+from ..capturing.guards import failed_guard
 from ..errors import ExportError, PlanError, VMeanbaError
 from ..files import BAD_PATH, parse_json, reason, unwritable
 from ..graph import copy_graph, graph_modules
@@ -252,6 +253,8 @@ def _inputs(gm: fx.GraphModule, given: Any) -> tuple[tuple[Any, ...], dict[str, 
             raise ExportError("the example inputs are empty or not tensors where those of the capture are")
     device = device_of(gm)
     inputs = pytree.tree_map_only(Tensor, lambda t: t.detach().to(device), inputs)
+    if guard := failed_guard(gm, *inputs):
+        raise ExportError(f"the example inputs are not such as the graph takes: {guard} does not hold")
     own = _own_batch(inputs)
     return _with_batch(inputs, own, 2) if info.batch_dynamic and own == 1 else inputs
 
