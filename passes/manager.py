@@ -62,7 +62,7 @@ def run_passes(
     Args:
         skip: name or names of passes to leave out.
         verify_args: (args, kwargs) to run before and after every exact pass; the outputs must agree.
-        dump: a folder that receives the readable graph after every pass (``01_mean_scan.py``, ...).
+        dump: a folder that receives the readable graph after every pass (``00_mean_scan.py``, ...).
 
     Raises:
         PassError: ``skip`` names a pass that does not exist.
@@ -75,7 +75,7 @@ def run_passes(
         raise PassError(f"no pass named {', '.join(sorted(map(str, unknown)))} to skip; the passes are: {known}")
     records: list[PassRecord] = []
     expected = _outputs(gm, verify_args)
-    for i, step in enumerate((p for p in passes if p.name not in skip), 1):
+    for i, step in enumerate(p for p in passes if p.name not in skip):
         before, code = _count(gm), _code(gm)
         start = time.perf_counter()
         gm = step.run(gm)

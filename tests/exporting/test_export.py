@@ -124,8 +124,8 @@ def test_keyword_inputs_and_several_outputs(tmp_path):
 
 def test_inputs_of_another_size_are_named(tmp_path):
     gm = vmeanba_fx.capture(zoo.tiny(1, directions=1), zoo.images(2))
-    with pytest.raises(ExportError, match=r"not such as the graph takes: x.size\(\)\[1\] == 1 does not hold"):
-        export(gm, zoo.images(2).expand(-1, 3, -1, -1), tmp_path / "model.pt2")
+    with pytest.raises(ExportError, match=r"not such as the graph takes: \w+\.size\(\)\[3\] == \d+ does not hold"):
+        export(gm, zoo.images(2)[..., :-1], tmp_path / "model.pt2")
 
 
 # -- the plan alone ---------------------------------------------------------------------------------------------------
