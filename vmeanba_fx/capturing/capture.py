@@ -350,8 +350,10 @@ def _hints(message: str, interception: Interception, found: Discovery, stacks: l
             "Hugging Face: model.config.use_cache = False)"
         ]
     if "unexpected keyword argument" in message:
-        return ["inputs go in by the names of the model's parameters; calibrate(..., transform_fn=lambda batch: (inputs, labels)) "
-                "maps a batch of other names"]  # fmt: skip
+        return [
+            "inputs given by name go in by the names of the model's parameters; for batches with other names there is "
+            "calibrate(..., transform_fn=lambda batch: (inputs, labels))"
+        ]
     hints = [f"{where or 'the model'} has a scan that is refused: {why}" for where, why in interception.refused[:1]]
     if found.lookalikes:
         likely = "; ".join(sorted(found.lookalikes))
