@@ -11,6 +11,7 @@ import vmeanba_fx
 from tests import zoo
 from tests.capturing.interception import ARGUMENTS, BIAS, DELTA, EXPECTED, A, B, C, Caller, D, U, redirected
 from tests.zoo import ScanFunction, selective_scan_fn, vmamba_scan_fn
+from vmeanba_fx.capturing.capture import capture_info
 
 PYBIND = {
     "selective_scan_cuda": "(u, delta, A, B, C, D, Z, bias, True)",
@@ -105,3 +106,30 @@ def test_captured_pybind_scan_is_a_site():
     gm = vmeanba_fx.capture(model, x)
     assert [s.name for s in vmeanba_fx.find_sites(gm)] == ["blocks.0.op"]
     torch.testing.assert_close(gm(x), zoo.tiny(1)(x), rtol=1e-5, atol=1e-6)
+
+
+class AroundAnotherKernel(torch.autograd.Function):
+    """lrnnx's: a compiled module of mamba-ssm's name with parameters of its own."""
+
+    @staticmethod
+    def forward(ctx, u, delta, A, B, C, D=None, z=None, delta_bias=None, deltaA=None, delta_softplus=False,
+                return_last_state=False, discretization=None):  # fmt: skip
+        return selective_scan_cuda.fwd(u, delta, A, B, C, D, z, delta_bias, deltaA, delta_softplus, discretization)[0]  # noqa: F821
+
+
+def test_another_kernel_under_a_known_name():
+    """The Python function around it is taken for what its signature says; a bare call of it is an error that tells of that."""
+
+    def wrapped(u, delta, A, B, C, D, bias):
+        return AroundAnotherKernel.apply(u, delta, A, B, C, D, None, bias, None, True, False, "mamba")
+
+    gm = vmeanba_fx.capture(zoo.tiny(1, call=wrapped), zoo.images(3))
+    assert [s.name for s in vmeanba_fx.find_sites(gm)] == ["blocks.0.op"]
+    assert "AroundAnotherKernel does not run on the CPU" in capture_info(gm).notes[0]
+    torch.testing.assert_close(gm(zoo.images(3)), zoo.tiny(1)(zoo.images(3)), rtol=1e-5, atol=1e-6)
+
+    def bare(u, delta, A, B, C, D, bias):
+        return selective_scan_cuda.fwd(u, delta, A, B, C, D, None, bias, None, True, "mamba")[0]  # noqa: F821
+
+    with pytest.raises(vmeanba_fx.CaptureError, match="given 11 arguments, and takes 9: .* vmeanba_fx.register_scan"):
+        vmeanba_fx.capture(zoo.tiny(1, call=bare), zoo.images(3))

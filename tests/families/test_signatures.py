@@ -103,11 +103,24 @@ def mamba2(scan=chunk_scan, **options):
     return call
 
 
+def discretised_scan(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, deltaA=None, delta_softplus=False, return_last_state=False,
+    discretization="mamba",
+):  # fmt: skip
+    """As lrnnx has it; ``deltaA`` is a step of its own for the decay, here as large."""
+    return zoo.loop_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)[0]
+
+
+def discretised(u, delta, A, B, C, D, bias):
+    return discretised_scan(u, delta, A, B, C, D, delta_bias=bias, delta_softplus=True)
+
+
 # name: (call, options of the model)
 SIGNATURES = {
     "length first": (length_first, {"directions": 1}),
     "transformers": (transformers_like, {"directions": 1}),
     "any order of parameters": (any_order, {}),
+    "a choice of discretisation": (discretised, {}),
     "states without C": (states_outside, {"state": 1}),
     "Mamba-2": (mamba2(), {"state": 1}),
     "Mamba-2, final states dropped": (mamba2(return_final_states=True), {"state": 1}),
@@ -184,6 +197,8 @@ def complex_scan(u, delta, A, B, C):
 
 
 REFUSED = {
+    "another discretisation": (lambda *call: discretised_scan(*call, discretization="zoh"), "discretises by 'zoh'"),
+    "a decay of its own": (lambda u, d, *call: discretised_scan(u, d, *call, deltaA=d), "given deltaA"),
     "initial state": (lambda u, d, A, B, C: given_state(u, d, A, B, C, torch.ones_like(u)), "a tensor 'initial_state'"),
     "complex A": (lambda u, d, A, B, C: complex_scan(u, d, A + 0j, B, C), "A is complex"),
     "states kept": (lambda u, d, A, B, C: state_scan(u, d, A, B[:, 0]).squeeze(2), "3 per channel; one is supported"),

@@ -96,6 +96,15 @@ def _two_dimensional(a: Mapping[str, Any]) -> ScanCall:
     raise Refusal("it runs a 2-D recurrence (HH, WW), not a scan along one sequence")
 
 
+def _discretised(a: Mapping[str, Any]) -> ScanCall:
+    """lrnnx's function, which is Mamba's with a choice of how to discretise."""
+    if a.get("deltaA") is not None:
+        raise Refusal("it is given deltaA, a step of its own for the decay")
+    if a["discretization"] != "mamba":
+        raise Refusal(f"it discretises by {a['discretization']!r}, not as Mamba does")
+    return _by_name(a)
+
+
 def _state_only(a: Mapping[str, Any]) -> ScanCall:
     """Returns the states h (B, D, N, L): with one state per channel, h is y for C = 1."""
     if a["A"].is_complex() or a["A"].shape[-1] != 1:
@@ -208,6 +217,9 @@ def _register_builtin() -> None:
     _SPECS[generic] = ScanSpec(generic, (), frozenset(), _by_part, recognise=_has_the_parts, proof=True)
     parts = ("u", "delta", "A", "B", "C")
     register_scan("2-D selective scan", parameters=parts, optional=(*_OPTIONS, "HH", "WW"), adapt=_two_dimensional)
+    register_scan(
+        "selective_scan (lrnnx)", parameters=parts, optional=(*_OPTIONS, "deltaA", "discretization"), adapt=_discretised
+    )
     register_scan("selective_scan", parameters=parts, optional=_OPTIONS, adapt=_by_name)
     register_scan(
         "selective_scan (VMamba easy)",

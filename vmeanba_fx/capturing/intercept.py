@@ -267,6 +267,11 @@ class Interception:
         )
 
         def forward(*args: Any, **kwargs: Any) -> list[Tensor]:
+            if len(args) + len(kwargs) != len(parameters):
+                raise TypeError(
+                    f"{name}.fwd is given {len(args) + len(kwargs)} arguments, and takes {len(parameters)}: this is another "
+                    "kernel of that name; tell vmeanba_fx.register_scan of the Python function around it"
+                )
             self._entered += 1
             self._taken += 1
             a = _bind(signature, args, kwargs, f"{name}.fwd").arguments
