@@ -131,5 +131,5 @@ def test_another_kernel_under_a_known_name():
     def bare(u, delta, A, B, C, D, bias):
         return selective_scan_cuda.fwd(u, delta, A, B, C, D, None, bias, None, True, "mamba")[0]  # noqa: F821
 
-    with pytest.raises(vmeanba_fx.CaptureError, match="given 11 arguments, and takes 9: .* vmeanba_fx.register_scan"):
+    with pytest.raises(vmeanba_fx.CaptureError, match=r"given 11 arguments, and takes 9: .* vmeanba_fx\.register_scan"):
         vmeanba_fx.capture(zoo.tiny(1, call=bare), zoo.images(3))
