@@ -125,15 +125,14 @@ def ss2d(x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplu
 def _output(*shape: int) -> Tensor:
     """An empty float32 tensor; a large one in huge pages where the system lends them on request.
 
-    The C library gives large memory back to the system and gets it anew, empty, at every call: then each page of 4 KB costs
-    a fault, and all together as much time as a scan with N = 1.
+    The C library gives memory of more than 32 MB back to the system and gets it anew, empty, at every call: then each page
+    of 4 KB costs a fault, and all together as much time as a scan with N = 1. (MALLOC_MMAP_THRESHOLD_ and
+    MALLOC_TRIM_THRESHOLD_ in the environment, of more bytes than any tensor has, end that for all of PyTorch.)
     """
     out = torch.empty(shape, dtype=torch.float32)
-    if out.numel() >= _HUGE // 2 and (advise := _madvise()) is not None:
-        begin = -(-out.data_ptr() // _HUGE) * _HUGE
-        end = (out.data_ptr() + 4 * out.numel()) // _HUGE * _HUGE
-        if begin < end:
-            advise(begin, end - begin, mmap.MADV_HUGEPAGE)
+    if out.nbytes >= 2 * _HUGE and (advise := _madvise()) is not None:
+        begin, end = out.data_ptr() // mmap.PAGESIZE, (out.data_ptr() + out.nbytes) // mmap.PAGESIZE
+        advise(begin * mmap.PAGESIZE, (end - begin) * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
     return out
 
 

@@ -29,6 +29,7 @@ from .cpu_lanes import (
     load_columns,
     load_some,
     position,
+    prefetch_vectors,
     put,
     read,
     read_rows,
@@ -54,7 +55,8 @@ def selective_scan(data):
     """A piece is 16 channels of one group and one batch item; the lanes are channels.
 
     Rows are copied to and fro in spans of 128 steps: where L is a power of two, rows side by side share their place in the
-    caches, and vectors taken from them one by one would throw each other out.
+    caches, and vectors taken from them one by one would throw each other out. The next span is asked for while this one is
+    scanned: with 16 rows of each tensor on the way, the processor does not see what comes next.
 
     u, delta, z (B, K*D, L); A (K*D, N) and `out` contiguous; B, C (B, K, N, L); skip, bias (K*D,).
     """
@@ -90,6 +92,10 @@ def selective_scan(data):
             read_rows(B_at + 4 * begin, B_n, N, steps, B_rows, SPAN)
             read_rows(C_at + 4 * begin, C_n, N, steps, C_rows, SPAN)
             for t in range(0, steps, LANES):
+                if t + begin + SPAN // 4 < L:
+                    prefetch_vectors(u_at + 4 * (t + begin) + SPAN, u_c, rows)
+                    prefetch_vectors(delta_at + 4 * (t + begin) + SPAN, delta_c, rows)
+                prefetch_vectors(out_at + 4 * (t + begin), 4 * L, rows)
                 load_columns(u_rows + 4 * t, SPAN, rows, x_t)
                 load_columns(delta_rows + 4 * t, SPAN, rows, dt_t)
                 for i in range(LANES):

@@ -203,6 +203,16 @@ def store_half(context, address, value, count):
 
 
 @intrinsic
+def prefetch(context, address):
+    """Ask for the cache line at an address, which need not exist."""
+
+    def build(b, address):
+        _call(b, "llvm.prefetch.p0", ir.VoidType(), _at(b, address, _vector), _i32(0), _i32(2), _i32(1))
+
+    return types.void(types.int64), _lower(build)
+
+
+@intrinsic
 def read(context, address):
     """One float in all lanes."""
     return lanes(types.int64), _lower(lambda b, address: _splat(b, b.load(_at(b, address, _f32), typ=_f32)))
@@ -384,6 +394,13 @@ def read_rows(source, source_stride, rows, count, target, target_stride):
     for i in range(rows):
         for t in range(0, count, LANES):
             store(target + target_stride * i + 4 * t, load_some(source + source_stride * i + 4 * t, min(LANES, count - t)))
+
+
+@njit(nogil=True)
+def prefetch_vectors(source, source_stride, rows):
+    """Ask for a vector of each of `rows` rows."""
+    for i in range(rows):
+        prefetch(source + source_stride * i)
 
 
 @njit(nogil=True)
