@@ -151,6 +151,9 @@ class Walks(nn.Module):
         features = torch.einsum("bkdl,kcd->bkcl", u, self.x_proj)
         return features.split([self.rank, self.state, self.state], dim=2)
 
+    def steps(self, dt):
+        return torch.einsum("bkrl,kdr->bkdl", dt, self.dt_proj).flatten(1, 2)
+
     def merge(self, y):
         return sum(y[:, k][:, :, self.inverse[k]] for k in range(len(self.tables)))
 
@@ -159,7 +162,7 @@ class Walks(nn.Module):
         flat = x.flatten(1, 2).transpose(1, 2) if self.last else x.flatten(2)
         u = torch.stack([flat[:, :, table] for table in self.tables], dim=1)
         dt, B, C = self.split(u)
-        delta = torch.einsum("bkrl,kdr->bkdl", dt, self.dt_proj).flatten(1, 2)
+        delta = self.steps(dt)
         y = zoo.selective_scan_fn(
             u.flatten(1, 2), delta, -self.A_log.exp(), B, C, self.D, None, self.bias, delta_softplus=True
         )
@@ -206,6 +209,19 @@ def test_an_order_that_is_no_direction_becomes_a_table():
     assert not reasons
     [node] = [n for n in gm.graph.nodes if n.target is OURS.ss2d.default]
     assert list(node.args[6]) == [] and node.args[7] is not None
+    with torch.no_grad():
+        assert relative(gm(x), model(x)) < 1e-12
+
+
+def test_a_bias_in_the_projection_and_one_in_the_call():
+    class TwoBiases(Walks):
+        def steps(self, dt):
+            return super().steps(dt) + torch.linspace(-1, 1, len(self.bias), dtype=dt.dtype)[:, None]
+
+    model = TwoBiases(direction_table([0, 3], 3, 4), 5, 2).double()
+    x = torch.randn(2, 5, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    gm, reasons = fused(model, x)
+    assert not reasons and OURS.ss2d.default in targets(gm)
     with torch.no_grad():
         assert relative(gm(x), model(x)) < 1e-12
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from vmeanba_fx.passes import fuse_shared
+from vmeanba_fx.passes import fuse_means, fuse_shared
 
 import vmeanba_fx
 from tests.helpers import make_scan_matter
@@ -130,6 +130,38 @@ def test_live_sites_of_vmamba(name, mean, dtype):
         assert relative(gm(x), literal(x)) < (1e-5 if dtype == torch.float32 else 1e-12)
         assert relative(gm(x[:1]), literal(x[:1])) < (1e-5 if dtype == torch.float32 else 1e-12)
         assert relative(plan.apply(0)(x), literal(x)) > 0.02, "the replaced scans make no difference here"
+
+
+def scaled_read_out(scan):
+    """What the copies of the scanned channel are made of is twice its output."""
+    with scan.graph.inserting_after(scan):
+        double = scan.graph.call_function(aten.mul.Tensor, (scan, 2.0))
+    double.meta = dict(scan.meta)
+    scan.replace_all_uses_with(double, delete_user_cb=lambda user: user is not double)
+
+
+def scaled_decay(scan):
+    """The decay that the scan is given is half of what the block works out."""
+    decay = scan.args[0]
+    with scan.graph.inserting_before(scan):
+        half = scan.graph.call_function(aten.mul.Tensor, (decay, 0.5))
+    half.meta = dict(decay.meta)
+    scan.update_arg(0, half)
+
+
+@pytest.mark.parametrize("change, why", [(scaled_read_out, "no copy of the one"), (scaled_decay, "discretisation")])
+def test_blocks_that_were_changed_stay(change, why):
+    plan, x = planned("v05_onnone", torch.float64, "direction")
+    gm = plan.apply(len(plan.sites), skip_passes=["fuse_means", "channels_last", "flatten_positions", "cleanup"])
+    scans = list(gm.graph.find_nodes(op="call_function", target=OURS.linear_scan.default))
+    change(scans[0])
+    gm.recompile()
+    with torch.no_grad():
+        expected = gm(x)
+        fuse_means(gm)
+        gm.recompile()
+        assert [why in n.meta.get(NOT_FUSED, "") for n in scans] == [True] + [False] * (len(scans) - 1)
+        assert relative(gm(x), expected) < 1e-12
 
 
 def test_report_says_why_a_site_was_not_fused():
