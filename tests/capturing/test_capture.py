@@ -206,6 +206,7 @@ class KeepsFeatures(zoo.TinyNet):
         return self.head(self.kept["features"][0])
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.9."), reason="torch.export of PyTorch 2.9 refuses such models")
 def test_results_of_the_last_forward_are_no_obstacle():
     model = as_class(KeepsFeatures, zoo.tiny(1))
     model(zoo.images())
