@@ -1,6 +1,6 @@
 """Calls the compiled CPU kernels of `cpu_kernels`, where Numba is installed: which calls they take, memory, and threads.
 
-They compute in float32 (other dtypes are converted, float64 stays with the PyTorch code) and in as many threads as
+They compute in float32 (most read other dtypes through a copy, float64 stays with the PyTorch code) and in as many threads as
 PyTorch is set to use. Numba is imported, and a kernel compiled or read from its cache, at the first call that needs it.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .directions import direction_table, inverse_table
 
-# What the 2-D kernel reads and writes as it is.
+# What the kernels of the full scan, `selective_scan` and `ss2d`, read and write as it is.
 _READ = (torch.float32, torch.bfloat16)
 # Bytes of a huge page.
 _HUGE = 1 << 21
@@ -52,11 +52,13 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtyp
     """See `ops.selective_scan`."""
     batch, channels, length = u.shape
     K, N = B.shape[1:3]
-    out = _output(*u.shape)
-    u, delta, z, B, C = (_rows(x) for x in (u, delta, z, B, C))
+    out = _output(*u.shape, dtype=out_dtype if out_dtype in _READ else torch.float32)
+    u, delta, z = (x if x is None or (x.dtype in _READ and x.stride(-1) == 1) else _rows(x) for x in (u, delta, z))
+    B, C = _rows(B), _rows(C)
     arguments = (
-        K, channels // K, N, length, delta_softplus, u, *_strides(u, 2), delta, *_strides(delta, 2), _table(A), B,
-        *_strides(B, 3), C, *_strides(C, 3), _rows(D), z, *_strides(z, 2), _rows(delta_bias), out,
+        K, channels // K, N, length, delta_softplus, u, u.element_size(), *_strides(u, 2), delta, delta.element_size(),
+        *_strides(delta, 2), _table(A), B, *_strides(B, 3), C, *_strides(C, 3), _rows(D), z,
+        0 if z is None else z.element_size(), *_strides(z, 2), _rows(delta_bias), out, out.element_size(),
     )  # fmt: skip
     kernels = _kernels()
     pieces = batch * K * -(-channels // (K * kernels.LANES))
@@ -122,14 +124,14 @@ def ss2d(x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplu
         out.copy_(target)
 
 
-def _output(*shape: int) -> Tensor:
-    """An empty float32 tensor; a large one in huge pages where the system lends them on request.
+def _output(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """An empty tensor; a large one in huge pages where the system lends them on request.
 
     The C library gives memory of more than 32 MB back to the system and gets it anew, empty, at every call: then each page
     of 4 KB costs a fault, and all together as much time as a scan with N = 1. (MALLOC_MMAP_THRESHOLD_ and
     MALLOC_TRIM_THRESHOLD_ in the environment, of more bytes than any tensor has, end that for all of PyTorch.)
     """
-    out = torch.empty(shape, dtype=torch.float32)
+    out = torch.empty(shape, dtype=dtype)
     if out.nbytes >= 2 * _HUGE and (advise := _madvise()) is not None:
         begin, end = out.data_ptr() // mmap.PAGESIZE, (out.data_ptr() + out.nbytes) // mmap.PAGESIZE
         advise(begin * mmap.PAGESIZE, (end - begin) * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
@@ -186,7 +188,7 @@ def _table(tensor: Tensor) -> Tensor:
 
 def _strides(tensor: Tensor | None, dims: int) -> list[int]:
     """The first strides, in bytes."""
-    return [0] * dims if tensor is None else [4 * stride for stride in tensor.stride()[:dims]]
+    return [0] * dims if tensor is None else [tensor.element_size() * stride for stride in tensor.stride()[:dims]]
 
 
 def _run(kernel: Callable, pieces: int, states: int, arguments: tuple) -> None:

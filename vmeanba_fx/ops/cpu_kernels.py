@@ -58,10 +58,11 @@ def selective_scan(data):
     caches, and vectors taken from them one by one would throw each other out. The next span is asked for while this one is
     scanned: with 16 rows of each tensor on the way, the processor does not see what comes next.
 
-    u, delta, z (B, K*D, L); A (K*D, N) and `out` contiguous; B, C (B, K, N, L); skip, bias (K*D,).
+    u, delta, z, out (B, K*D, L) with numbers of u_size, ... bytes (2: bfloat16); A (K*D, N) and `out` contiguous; B, C
+    (B, K, N, L); skip, bias (K*D,).
     """
-    (_, pieces, K, D, N, L, softplus_, u, u_b, u_c, delta, delta_b, delta_c, A, B, B_b, B_k, B_n, C, C_b, C_k, C_n, skip, z,
-     z_b, z_c, bias, out) = table(data, 28)  # fmt: skip
+    (_, pieces, K, D, N, L, softplus_, u, u_size, u_b, u_c, delta, delta_size, delta_b, delta_c, A, B, B_b, B_k, B_n, C, C_b,
+     C_k, C_n, skip, z, z_size, z_b, z_c, bias, out, out_size) = table(data, 32)  # fmt: skip
     scratch = np.empty((4 * TILE + 3 * LANES * SPAN + 2 * N * SPAN + 2 * N * ROW) // 4 + LANES, np.float32)
     x_t = aligned(scratch)
     dt_t, du_t, y_t, decay = x_t + TILE, x_t + 2 * TILE, x_t + 3 * TILE, x_t + 4 * TILE
@@ -80,22 +81,23 @@ def selective_scan(data):
         channel = k * D + LANES * tile
         u_at, delta_at = u + item * u_b + channel * u_c, delta + item * delta_b + channel * delta_c
         B_at, C_at, z_at = B + item * B_b + k * B_k, C + item * C_b + k * C_k, z + item * z_b + channel * z_c
-        out_at = out + 4 * L * (item * K * D + channel)
+        out_at, row = out + out_size * L * (item * K * D + channel), out_size * L
         read_decays(A + 4 * channel * N, N, rows, decay)
         clear(state, N)
         shift = load_some(bias + 4 * channel, rows) if bias else zero
         weight = load_some(skip + 4 * channel, rows) if skip else zero
         for begin in range(0, L, SPAN // 4):
             steps = min(SPAN // 4, L - begin)
-            read_rows(u_at + 4 * begin, u_c, rows, steps, u_rows, SPAN)
-            read_rows(delta_at + 4 * begin, delta_c, rows, steps, delta_rows, SPAN)
+            read_rows(u_at + u_size * begin, u_c, rows, steps, u_rows, SPAN, u_size)
+            read_rows(delta_at + delta_size * begin, delta_c, rows, steps, delta_rows, SPAN, delta_size)
             read_rows(B_at + 4 * begin, B_n, N, steps, B_rows, SPAN)
             read_rows(C_at + 4 * begin, C_n, N, steps, C_rows, SPAN)
             for t in range(0, steps, LANES):
-                if t + begin + SPAN // 4 < L:
-                    prefetch_vectors(u_at + 4 * (t + begin) + SPAN, u_c, rows)
-                    prefetch_vectors(delta_at + 4 * (t + begin) + SPAN, delta_c, rows)
-                prefetch_vectors(out_at + 4 * (t + begin), 4 * L, rows)
+                ahead = begin + t + SPAN // 4
+                if ahead < L:
+                    prefetch_vectors(u_at + u_size * ahead, u_c, rows)
+                    prefetch_vectors(delta_at + delta_size * ahead, delta_c, rows)
+                prefetch_vectors(out_at + out_size * (begin + t), row, rows)
                 load_columns(u_rows + 4 * t, SPAN, rows, x_t)
                 load_columns(delta_rows + 4 * t, SPAN, rows, dt_t)
                 for i in range(LANES):
@@ -112,12 +114,12 @@ def selective_scan(data):
                 transpose(y_t, y_t)
                 read_rows(y_t, ROW, rows, LANES, out_rows + 4 * t, SPAN)
             if z:
-                read_rows(z_at + 4 * begin, z_c, rows, steps, u_rows, SPAN)
+                read_rows(z_at + z_size * begin, z_c, rows, steps, u_rows, SPAN, z_size)
                 for i in range(rows):
                     for t in range(0, 4 * steps, ROW):
                         gate = silu(load(u_rows + SPAN * i + t))
                         store(out_rows + SPAN * i + t, load(out_rows + SPAN * i + t) * gate)
-            write_rows(out_rows, SPAN, rows, steps, out_at + 4 * begin, 4 * L)
+            write_rows(out_rows, SPAN, rows, steps, out_at + out_size * begin, row, out_size)
 
 
 def ss2d(data):
