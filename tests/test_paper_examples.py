@@ -147,6 +147,40 @@ def test_scenes_follow_from_their_numbers(scripts):
     assert 0 <= float(drawn.min()) and float(drawn.max()) < 1 and abs(float(drawn.mean()) - 0.5) < 1e-3
 
 
+MODELS = {
+    "`v05`": "v05", "`v0`": "v0", "`deep`": "deep", "`segmentation`": "segmentation",
+    "`segmentation_scans`": "segmentation_scans", "v05, digits": "scan_v05_digits", "v0 kind, digits": "scan_v0_digits",
+    "v05, Fashion-MNIST": "scan_v05_fashion", "v0 kind, Fashion-MNIST": "scan_v0_fashion", "Vim, digits": "scan_vim_digits",
+    "MambaVision mixers, digits": "scan_mambavision_digits", "v05 without output norm, digits": "scan_live_digits",
+    "MambaVision with convolutions and attention, Fashion-MNIST": "mambavision_fashion",
+    "VMamba `v05` (89.68 %)": "v05", "VMamba `v0` (90.73 %)": "v0",
+}  # fmt: skip
+COLUMNS = {"mean, as published": "mean", "rank 16, fitted to the outputs, refit all": "best"}
+
+
+@pytest.mark.parametrize(("document", "cells"), [("README.md", 15), ("docs/results/README.md", 180)])
+def test_tables_of_documents_are_those_of_the_results(scripts, document, cells):
+    """Every number of a table over K, in the documents, is the mean of the seeds in docs/results/curves."""
+    common, curves, results = (importlib.import_module(name) for name in ("common", "curves", "results"))
+    drops, *_ = curves.collected(ROOT / "docs" / "results")
+    columns = {short: name for name, short in common.SHORT.items()} | COLUMNS
+    checked, head, model = 0, [], ""
+    for line in (ROOT / document).read_text(encoding="utf-8").splitlines():
+        row = [cell.strip() for cell in line.strip().strip("|").split("|")] if line.startswith("|") else []
+        if len(row) > 2 and row[1] == "sites replaced":
+            head = [columns[title] for title in row[2:]]
+        elif not row:
+            head = []
+        elif head and (row[1] == "all" or " of " in row[1]):
+            model = MODELS[row[0]] if row[0] else model
+            k = max(drops[model]["mean"]) if row[1] == "all" else int(row[1].split(" of ")[0])
+            for variant, text in zip(head, row[2:], strict=True):
+                if text:
+                    assert results.cell(drops[model][variant][k]).split(" ")[0] == text, (model, variant, k)
+                    checked += 1
+    assert checked >= cells
+
+
 @pytest.mark.parametrize("name", ["deep", "scan_v05_digits", "scan_v0_digits", "scan_live_digits", "scan_vim_digits",
                                   "scan_mambavision_digits", "mambavision_fashion"])  # fmt: skip
 def test_trained_models_load(scripts, name):
