@@ -73,6 +73,10 @@ def bake_autocast(gm: fx.GraphModule, dtype: torch.dtype = torch.float16) -> fx.
     Weights of convolutions and matrix products are held in ``dtype`` (half the memory, no cast at run time), norms and the
     residual stream stay in float32. Lossy as autocast is: outputs differ from autocast's by rounding only.
 
+    Compile the result with ``torch.compile(gm, options={"realize_reads_threshold": 2})``: VMamba then runs in two thirds of the
+    memory, no slower. As it is, Inductor keeps up to five terms of the residual stream instead of their sum; and it counts an
+    MLP's hidden map twice, before and after its GELU, which are one buffer, so that keeping another one seems to cost nothing.
+
     Raises:
         PassError: ``dtype`` is not a 16-bit float.
         GraphCheckError: the model has autocast or checkpoint regions of its own.

@@ -1,5 +1,7 @@
 """Autocast baked into the graph: the same roundings as autocast, half the weights, no cast left to run time."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,6 +70,12 @@ def test_a_half_norm_that_products_alone_read_stays_half():
     with torch.no_grad():
         assert relative(gm(x).float(), model(x)) < 0.02
     assert targets(gm).count(aten.to.dtype) <= 3
+
+
+def test_the_recommended_compile_option_is_known():
+    options = {"realize_reads_threshold": 2}
+    assert f"options={json.dumps(options)}" in vmeanba_fx.bake_autocast.__doc__
+    torch.compile(nn.Identity(), options=options)  # names that Inductor does not know are refused here
 
 
 def test_refusals():
