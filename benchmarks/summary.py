@@ -17,11 +17,11 @@ from tabulate import tabulate
 PRECISIONS = {"amp16": "fp16", "ampbf16": "bf16", "fp32": "fp32"}
 MODES = {
     "compiled": "`torch.compile`",
-    "compiled, CUDA graph": "`torch.compile`, replayed as a CUDA graph",
-    "eager": "Eager",
-    "eager, CUDA graph": "Eager, replayed as a CUDA graph",
+    "compiled, realize_reads_threshold=2": "`torch.compile` with `realize_reads_threshold=2`",
     "compiled, allow_buffer_reuse=False": "`torch.compile` with `allow_buffer_reuse=False`",
+    "eager": "Eager",
 }
+MODES |= {f"{mode}, CUDA graph": f"{title}, replayed as a CUDA graph" for mode, title in MODES.items()}
 SHARES = {"k=0": 0, "k=n/4": 0.25, "k=n/2": 0.5, "k=n": 1}
 HEAD = ("model", "precision", "batch", "official, ms", *SHARES, "peak MiB: official, k=0, k=n")
 ABOUT = """ms, and in brackets how many times as fast as the official model in the same mode; of compiled models also, how many
@@ -45,7 +45,7 @@ def main() -> None:
 def summary(rows: list[Row], mode: str) -> list[list[str]]:
     """A line for each model, precision and batch."""
     lines = []
-    eager = mode.replace("compiled", "eager").removesuffix(", allow_buffer_reuse=False")
+    eager = "eager, CUDA graph" if "graph" in mode else "eager"
     for model, precision, batch in sorted({(r["model"], r["precision"], r["batch"]) for r in rows}, key=order):
         depth = max(replaced(r) for r in rows if r["model"] == model)
         of, of_eager = ({replaced(r): r for r in rows if measured(r) == (model, precision, batch, m)} for m in (mode, eager))
