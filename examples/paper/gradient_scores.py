@@ -44,10 +44,10 @@ def main() -> None:
             rows.append(row)
             print(row, flush=True)
             write_csv(args.out / "gradient_scores" / f"{task.name}.csv", rows)
-    found = read_by_task(args.out / "gradient_scores")
+    found = read_by_task(args.out / "gradient_scores", TASKS)
     text = [
         [r["task"], r["images"], r["replaced by"], *(f"{float(r[m]):.2f}" for m in METRICS)]
-        for rows, _ in (found[name] for name in TASKS if name in found) for r in rows
+        for rows, _ in found.values() for r in rows
     ]  # fmt: skip
     note = "Spearman's correlation over the sites of measured and gradient scores of the loss and of kl."
     notes = [note, "\n".join(origin for _, origins in found.values() for origin in origins)]

@@ -68,7 +68,7 @@ def run(study: Study, images: Tensor, labels: Tensor, args: argparse.Namespace, 
 
 def tables(folder: Path) -> Iterator[tuple[str, list[str], list[list[str]], list[str]]]:
     """A task each: kl and points lost of every setting, by K."""
-    for name, (rows, origins) in read_by_task(folder / "held_out").items():
+    for name, (rows, origins) in read_by_task(folder / "held_out", TASKS).items():
         ks = sorted({int(r["k"]) for r in rows})
         lines = []
         for refit, (measure, scale, title) in itertools.product(REFITS, (("kl", 1e3, "1000 kl"), ("drop", 1, "points lost"))):

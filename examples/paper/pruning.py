@@ -71,7 +71,7 @@ def run(study: Study, args: argparse.Namespace, path: Path) -> None:
 
 def tables(folder: Path) -> Iterator[tuple[str, list[str], list[list[str]], list[str]]]:
     """A task each: one line per scope and variant, one column per share; cells are drops against the unpruned original."""
-    for name, (rows, origins) in read_by_task(folder / "pruning").items():
+    for name, (rows, origins) in read_by_task(folder / "pruning", TASKS).items():
         shares = sorted({float(r["pruned"]) for r in rows})
         lines: dict[tuple[str, str, int], dict[float, str]] = {}
         for r in sorted(rows, key=lambda r: SCOPES.index(r["scope"])):

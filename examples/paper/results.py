@@ -55,15 +55,15 @@ def read_csv(path: Path) -> tuple[list[dict[str, str]], str]:
         return list(csv.DictReader(file)), origin
 
 
-def read_by_task(folder: Path) -> dict[str, tuple[list[dict[str, str]], list[str]]]:
-    """Of all csv files of a folder the rows of each task, and one line per file that says where they come from."""
+def read_by_task(folder: Path, names: Iterable[str]) -> dict[str, tuple[list[dict[str, str]], list[str]]]:
+    """Of all csv files of a folder the rows of each task, in the order of `names`, and one line per file on its origin."""
     found: dict[str, tuple[list[dict[str, str]], list[str]]] = {}
     for path in sorted(folder.glob("*.csv")):
         rows, origin = read_csv(path)
         mine, origins = found.setdefault(rows[0]["task"], ([], []))
         mine += rows
         origins.append(f"* {path.name}: {origin}")
-    return found
+    return {name: found[name] for name in names if name in found}
 
 
 def cell(values: Sequence[float] | None) -> str:
