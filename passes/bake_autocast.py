@@ -106,8 +106,7 @@ def _cast(
         emit = Emitter(gm.graph, node.next, NAME, like=node)
         if is_parameter_only(node):
             [full] = evaluate([node], {}, 1)
-            name = str(node.target if node.op == "get_attr" else node.name).replace(".", "_")
-            name += f"_{str(dtype).removeprefix('torch.')}"
+            name = f"{node.target if node.op == 'get_attr' else node.name}_{str(dtype).removeprefix('torch.')}"
             casts[node, dtype] = emit.get_attr(gm, name, full.to(value(node).device, dtype))
         elif node.target in _MOVES:
             casts[node, dtype] = emit(node.target, _cast(gm, node.args[0], dtype, casts), *node.args[1:])

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, fx
 
 from vmeanba_fx.analysis.evaluate import attribute
-from vmeanba_fx.graph import Emitter, arguments, aten, remove_dead_code, value
+from vmeanba_fx.graph import Emitter, aten, is_pointwise_conv, remove_dead_code, value
 
 from .cleanup import cleanup
 
@@ -44,7 +44,7 @@ BINARY = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
 def channels_last(gm: fx.GraphModule) -> fx.GraphModule:
     """Rewrite ``gm`` in place and return it. Sub-graphs are left alone: their inputs' layouts are not theirs to choose."""
     for node in list(gm.graph.nodes):
-        if node.target is aten.conv2d.default and _is_pointwise(node):
+        if node.target is aten.conv2d.default and value(node.args[0]).dim() == 4 and is_pointwise_conv(node):
             _to_linear(node)
     for node in list(gm.graph.nodes):
         if node.op == "call_function":
@@ -55,13 +55,6 @@ def channels_last(gm: fx.GraphModule) -> fx.GraphModule:
     remove_dead_code(gm)
     _lay_out_weights(gm)
     return cleanup(gm)
-
-
-def _is_pointwise(conv: fx.Node) -> bool:
-    a = arguments(conv)
-    kernel = tuple(value(a["weight"]).shape[2:])
-    plain = list(a["stride"]) == [1, 1] and list(a["padding"]) == [0, 0] and a["groups"] == 1
-    return kernel == (1, 1) and plain and value(a["input"]).dim() == 4
 
 
 def _to_linear(conv: fx.Node) -> None:

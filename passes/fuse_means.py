@@ -33,8 +33,7 @@ from vmeanba_fx.analysis.evaluate import Unprovable, evaluate, fuse_each
 from vmeanba_fx.graph import SITE, Emitter, aten, calls_of, value
 from vmeanba_fx.ops.directions import inverse_table
 
-from .fuse_shared import add_skip, feature_maps, read_out
-from .fuse_ss2d import channel_first, make_buffer, restore_shape
+from .fused_site import add_skip, channel_first, feature_maps, make_buffer, read_out, restore_shape
 from .mean_scan import BLOCK
 
 NAME = "fuse_means"

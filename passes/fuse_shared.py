@@ -26,11 +26,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx
 
-from vmeanba_fx.analysis.cross_scan import CrossScan, Merge, find_cross_scan, find_merge, find_pointwise, find_read_out
+from vmeanba_fx.analysis.cross_scan import CrossScan, find_cross_scan, find_merge, find_pointwise, find_read_out
 from vmeanba_fx.analysis.evaluate import Unprovable, evaluate, fuse_each, is_parameter_only
 from vmeanba_fx.graph import SITE, Emitter, arguments, aten, calls_of, value
 
-from .fuse_ss2d import channel_first, follow_weights, make_buffer, restore_shape
+from .fused_site import add_skip, channel_first, feature_maps, follow_weights, make_buffer, read_out, restore_shape
 
 NAME = "fuse_shared"
 _SHARED = torch.ops.vmeanba_fx.shared_scan.default
@@ -84,35 +84,6 @@ def _fuse(gm: fx.GraphModule, scan: fx.Node) -> None:
     merge.node.replace_all_uses_with(restore_shape(emit, out, merge))
 
 
-def feature_maps(
-    gm: fx.GraphModule, emit: Emitter, cross: CrossScan, weight: Tensor, x: fx.Node, site: str
-) -> fx.Node:
-    """(B, K, F, L), each feature a map of its own, as the scan kernels read them best."""
-    K, F, D = weight.shape
-    matrix = make_buffer(gm, emit, site, "x_proj", weight.reshape(1, K * F, D), cross)
-    f = emit(aten.matmul.default, matrix, emit(aten.flatten.using_ints, x, 2, 3))
-    return emit(aten.unflatten.int, f, 1, [K, F])
-
-
-def add_skip(
-    gm: fx.GraphModule, emit: Emitter, cross: CrossScan, merge: Merge, x: fx.Node, y: fx.Node, bias: Tensor | None, site: str
-) -> fx.Node:
-    """y (B, D or 1, H, W) + skip * x + bias in the dtype of the merged map: for one channel in one pass over memory."""
-    skip = torch.zeros(cross.channels, dtype=torch.float64) if merge.skip is None else merge.skip
-    wanted = value(merge.node).dtype
-    shifted = bias is not None and bool(bias.abs().max() > 0)
-    if value(y).shape[1] == 1 and not shifted:
-        y, x = (emit(aten.flatten.using_ints, t, 2, 3) for t in (y, x))
-        D = make_buffer(gm, emit, site, "D", skip, cross, torch.float32)
-        out = emit(torch.ops.vmeanba_fx.broadcast_add.default, emit(aten.unsqueeze.default, y, 2), x, D, wanted)
-        return emit(aten.unflatten.int, follow_weights(emit, out, D), 2, [cross.height, cross.width])
-    D = make_buffer(gm, emit, site, "D", skip.reshape(-1, 1, 1), cross, torch.float32)
-    out = emit(aten.add.Tensor, emit(aten.mul.Tensor, x, D), y)
-    if shifted:
-        out = emit(aten.add.Tensor, out, make_buffer(gm, emit, site, "bias", bias.reshape(-1, 1, 1), cross, torch.float32))
-    return out if value(out).dtype == wanted else emit(aten.to.dtype, out, wanted)
-
-
 def _cross_scan_behind(ur: fx.Node, groups: int) -> tuple[CrossScan, fx.Node]:
     """The nearest node before ``ur`` that is a map in ``groups`` orders, (B, K*D, L)."""
     reason = "it reads no map in several orders"
@@ -135,19 +106,3 @@ def _ancestors(node: fx.Node) -> Iterator[fx.Node]:
         fresh = [a for a in node.all_input_nodes if a not in seen and not is_parameter_only(a)]
         seen.update(fresh)
         queue += fresh
-
-
-def read_out(scan: fx.Node, sizes: tuple[int, int, int]) -> fx.Node:
-    """The node behind ``scan`` that holds its output for all channels, (B, K*D, L), before anything else is added."""
-    K, D, L = sizes
-    found, node = None, scan
-    while len(node.users) == 1:
-        [user] = node.users
-        if any(a is not node and not is_parameter_only(a) for a in user.all_input_nodes):
-            break
-        node, held = user, value(user)
-        if isinstance(held, Tensor) and tuple(held.shape[1:]) == (K * D, L):
-            found = node
-    if found is None:
-        raise Unprovable("its output is not brought back to all channels by itself")
-    return found

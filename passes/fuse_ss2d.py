@@ -21,12 +21,13 @@ this pattern stays as it was, and ``node.meta["vmeanba_fx.not_fused"]`` of its s
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from vmeanba_fx.analysis.cross_scan import CrossScan, Merge, Projections, find_cross_scan, find_merge, find_projections
 from vmeanba_fx.analysis.evaluate import Unprovable, evaluate, fuse_each, is_parameter_only
 from vmeanba_fx.graph import SITE, Emitter, aten, scan_nodes, value
 
+from .fused_site import channel_first, follow_weights, make_buffer, restore_shape
 from .mean_scan import group_shape, scan_arguments
 
 NAME = "fuse_ss2d"
@@ -95,43 +96,3 @@ def _core(
         a["delta_softplus"], value(merge.node).dtype,
     )  # fmt: skip
     return follow_weights(emit, out, A)
-
-
-def channel_first(emit: Emitter, cross: CrossScan) -> fx.Node:
-    """The source of a cross scan as a (B, D, H, W) node."""
-    x = cross.source
-    dims = value(x).dim()
-    if cross.last:
-        x = emit(aten.permute.default, x, [0, dims - 1, *range(1, dims - 1)])
-    if dims == 3:
-        x = emit(aten.unflatten.int, x, 2, [cross.height, cross.width])
-    return x
-
-
-def restore_shape(emit: Emitter, merged: fx.Node, merge: Merge) -> fx.Node:
-    """A (B, D, H, W) node in the shape of the merged node it replaces."""
-    if merge.last:
-        merged = emit(aten.permute.default, merged, [0, 2, 3, 1])
-    if value(merged).shape[1:] == value(merge.node).shape[1:]:
-        return merged
-    return emit(aten.reshape.default, merged, [-1, *(int(s) for s in value(merge.node).shape[1:])])
-
-
-def follow_weights(emit: Emitter, out: fx.Node, weight: fx.Node) -> fx.Node:
-    """``out``, whose dtype is fixed, in the dtype that ``weight`` will have: after ``gm.half()`` its readers want half."""
-    return emit(aten.type_as.default, out, weight) if value(out).dtype == value(weight).dtype else out
-
-
-def device_of(cross: CrossScan) -> torch.device:
-    return value(cross.source).device
-
-
-def make_buffer(
-    gm: fx.GraphModule, emit: Emitter, site: str, name: str, tensor: Tensor, cross: CrossScan,
-    dtype: torch.dtype | None = None,
-) -> fx.Node:  # fmt: skip
-    """``tensor`` as a buffer on the device of ``cross``; in its dtype, or in ``dtype`` where that is wider or no float."""
-    held = value(cross.source)
-    if dtype is None or dtype.is_floating_point:
-        dtype = held.dtype if dtype is None else torch.promote_types(held.dtype, dtype)
-    return emit.get_attr(gm, f"{site}.{name}".replace(".", "_").replace("#", "_"), tensor.to(held.device, dtype).contiguous())

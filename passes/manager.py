@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.utils._pytree as pytree
-from torch import Tensor, fx
+from torch import fx
 
 from vmeanba_fx.errors import GraphCheckError, PassError
 from vmeanba_fx.graph import graph_modules
+
+from .verification import compare_outputs, outputs_of
 
 log = logging.getLogger("vmeanba_fx.passes")
 
@@ -64,6 +63,9 @@ def run_passes(
         verify_args: (args, kwargs) to run before and after every exact pass; the outputs must agree.
         dump: a folder that receives the readable graph after every pass (``00_mean_scan.py``, ...).
 
+    Returns:
+        The graph, and a record of every pass.
+
     Raises:
         PassError: ``skip`` names a pass that does not exist.
         GraphCheckError: a pass left a malformed graph, or an exact pass changed the outputs; names the pass.
@@ -74,7 +76,7 @@ def run_passes(
         known = ", ".join(p.name for p in passes)
         raise PassError(f"no pass named {', '.join(sorted(map(str, unknown)))} to skip; the passes are: {known}")
     records: list[PassRecord] = []
-    expected = _outputs(gm, verify_args)
+    expected = outputs_of(gm, verify_args)
     for i, step in enumerate(p for p in passes if p.name not in skip):
         before, code = _count(gm), _code(gm)
         start = time.perf_counter()
@@ -89,9 +91,9 @@ def run_passes(
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{i:02d}_{step.name}.py").write_text(f"# {record}\n{_code(gm)}")
         if verify_args is not None and record.changed:
-            found = _outputs(gm, verify_args)
+            found = outputs_of(gm, verify_args)
             if step.exact:
-                _compare(expected, found, step.name)
+                compare_outputs(expected, found, step.name)
             expected = found
     return gm, records
 
@@ -129,35 +131,3 @@ def _count(gm: fx.GraphModule) -> int:
 
 def _code(gm: fx.GraphModule) -> str:
     return "\n".join(owner.code for owner in graph_modules(gm))
-
-
-@contextlib.contextmanager
-def _without_tf32() -> Iterator[None]:
-    """On a GPU float32 convolutions may run in TF32, and then differ from the linear layers that a pass puts in their place."""
-    backends = torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
-
-
-def _outputs(gm: fx.GraphModule, args: tuple[tuple[Any, ...], dict[str, Any]] | None) -> list[Tensor]:
-    if args is None:
-        return []
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), _without_tf32():
-        return [t for t in pytree.tree_leaves(gm(*args[0], **args[1])) if isinstance(t, Tensor)]
-
-
-def _compare(expected: list[Tensor], found: list[Tensor], name: str) -> None:
-    for i, (a, b) in enumerate(zip(expected, found, strict=True)):
-        scale = max(float(a.double().abs().max()), 1e-30) if a.numel() else 1.0
-        error = float((a.double() - b.double()).abs().max()) / scale if a.numel() else 0.0
-        bound = {torch.float64: 1e-10, torch.float32: 1e-4}.get(a.dtype, 5e-2)
-        if not error <= bound:
-            raise GraphCheckError(
-                f"{name} is an exact pass but moved output {i} by {error:.1e} (relative; allowed {bound:.0e})"
-            )

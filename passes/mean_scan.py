@@ -26,7 +26,7 @@ import torch
 from torch import fx
 
 from vmeanba_fx.errors import PassError, SiteError
-from vmeanba_fx.graph import SITE, Emitter, arguments, aten, remove_dead_code, scan_nodes, value
+from vmeanba_fx.graph import SITE, Emitter, arguments, aten, find_scan, remove_dead_code, value
 
 Mean = Literal["direction", "all", "input"]
 NAME = "mean_scan"
@@ -51,13 +51,7 @@ def mean_scan(gm: fx.GraphModule, sites: Iterable[str], *, mean: Mean = "directi
         SiteError: ``gm`` has no scan of that name.
     """
     check_mean(mean)
-    wanted = list(sites)
-    nodes = {node.meta[SITE]: node for _, node in scan_nodes(gm)}
-    unknown = [name for name in wanted if name not in nodes]
-    if unknown:
-        raise SiteError(f"no scan named {', '.join(unknown)}; the graph has: {', '.join(nodes) or 'none'}")
-    for name in wanted:
-        scan = nodes[name]
+    for _, scan in [find_scan(gm, name) for name in sites]:
         args = scan_arguments(scan)
         emit = Emitter(scan.graph, scan, NAME, like=scan)
         groups, channels = group_shape(value(args["u"]), value(args["B"]))
@@ -71,6 +65,7 @@ def mean_scan(gm: fx.GraphModule, sites: Iterable[str], *, mean: Mean = "directi
 
 
 def _describe(out: fx.Node, args: dict[str, Any], mean: Mean) -> None:
+    """Leave on the block's ``linear_scan`` what it was made from, for :mod:`fuse_means`."""
     node = out
     while node.target is not _ops.linear_scan.default:
         if node.target is _ops.shared_scan.default:

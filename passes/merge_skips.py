@@ -22,7 +22,7 @@ from vmeanba_fx.analysis.evaluate import Unprovable
 from vmeanba_fx.graph import NOT_FUSED, SITE, Emitter, aten, remove_dead_code, value
 
 from .drop_annihilated import SKIP
-from .fuse_ss2d import channel_first, device_of, restore_shape
+from .fused_site import channel_first, restore_shape
 
 NAME = "merge_skips"
 
@@ -52,6 +52,6 @@ def _merge(gm: fx.GraphModule, product: fx.Node) -> None:
     if value(x).dtype != dtype:
         x = emit(aten.to.dtype, x, dtype)
     skip = torch.zeros(cross.channels) if merge.skip is None else merge.skip
-    name = f"{product.meta.get(SITE, 'skip')}.D".replace(".", "_").replace("#", "_")
-    weight = emit.get_attr(gm, name, skip.to(device_of(cross), dtype).reshape(-1, 1, 1))
+    name = f"{product.meta.get(SITE, 'skip')}.D"
+    weight = emit.get_attr(gm, name, skip.to(value(cross.source).device, dtype).reshape(-1, 1, 1))
     merge.node.replace_all_uses_with(restore_shape(emit, emit(aten.mul.Tensor, x, weight), merge))

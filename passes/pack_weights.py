@@ -133,8 +133,8 @@ def _replace(old: fx.Node, target: Any, *args: Any) -> fx.Node:
 
 def _buffer(gm: fx.GraphModule, before: fx.Node, like: fx.Node, tensor: Tensor) -> fx.Node:
     """A node that reads ``tensor``; as far as fake values go, an oneDNN tensor is the plain one that it was made from."""
-    name = str(like.target if like.op == "get_attr" else like.name).replace(".", "_")
-    node = Emitter(gm.graph, before, NAME).get_attr(gm, name, torch.empty(0))
+    name = like.target if like.op == "get_attr" else like.name
+    node = Emitter(gm.graph, before, NAME).get_attr(gm, str(name), torch.empty(0))
     gm.register_buffer(str(node.target), tensor)
     node.meta["val"] = value(like)
     return node

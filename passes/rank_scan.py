@@ -1,4 +1,4 @@
-"""Lossy. A scan of r channels per direction with learned projections in place of a full selective scan.
+"""Lossy: a scan of r channels per direction with learned projections in place of a full selective scan.
 
 Before::
 
@@ -25,7 +25,7 @@ from torch import Tensor, fx
 
 from vmeanba_fx.errors import SiteError
 from vmeanba_fx.fitting.rank_block import RankFit, rank_block
-from vmeanba_fx.graph import SITE, Emitter, aten, remove_dead_code, scan_nodes, value
+from vmeanba_fx.graph import SITE, Emitter, aten, find_scan, remove_dead_code, value
 from vmeanba_fx.sites import skip_product
 
 from .mean_scan import group_shape, scan_arguments
@@ -41,15 +41,11 @@ def rank_scan(gm: fx.GraphModule, fits: Mapping[str, RankFit]) -> fx.GraphModule
     Raises:
         SiteError: ``gm`` has no scan of that name, or the scan lies inside an autocast or checkpoint region.
     """
-    nodes = {node.meta[SITE]: (owner, node) for owner, node in scan_nodes(gm)}
-    unknown = [name for name in fits if name not in nodes]
-    if unknown:
-        raise SiteError(f"no scan named {', '.join(unknown)}; the graph has: {', '.join(nodes) or 'none'}")
-    for name, fit in fits.items():
-        owner, scan = nodes[name]
+    found = {name: find_scan(gm, name) for name in fits}
+    for name, (owner, scan) in found.items():
         if owner is not gm:
             raise SiteError(f"{name}: it lies inside an autocast or checkpoint region, where a rank-r scan cannot be put")
-        _replace(gm, scan, fit)
+        _replace(gm, scan, fits[name])
     remove_dead_code(gm)
     return gm
 
@@ -57,7 +53,7 @@ def rank_scan(gm: fx.GraphModule, fits: Mapping[str, RankFit]) -> fx.GraphModule
 def _replace(gm: fx.GraphModule, scan: fx.Node, fit: RankFit) -> None:
     args = scan_arguments(scan)
     emit = Emitter(gm.graph, scan, NAME, like=scan)
-    prefix = scan.meta[SITE].replace(".", "_").replace("#", "_")
+    prefix = scan.meta[SITE]
     device = value(args["u"]).device
 
     def constant(name: str, tensor: Tensor, dtype: torch.dtype) -> fx.Node:

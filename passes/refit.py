@@ -1,4 +1,4 @@
-"""Lossy-compensation. The layer that reads a replaced site out gets new weights; the graph's shape and cost stay.
+"""Lossy (compensation): the layer that reads a replaced site out gets new weights; the graph's shape and cost stay.
 
 Before (the site's output was y, now it is y')::
 
@@ -9,7 +9,7 @@ After::
 
     out = aten.linear(n, weight + change, bias)
 
-``change`` and ``bias`` come from :func:`vmeanba_fx.fitting.refit_linear`. Norms, gates or depthwise convolutions
+``change`` and ``bias`` come from :func:`vmeanba_fx.fitting.least_squares.refit_linear`. Norms, gates or depthwise convolutions
 may lie between the scan and the layer, as long as the scan reaches the rest of the model through that layer only. Where no
 such layer follows, scale and bias of the first LayerNorm that all of the scan flows through are refitted, each channel by
 itself. :func:`find_readout` finds the layer, or says why there is none.
@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 from vmeanba_fx.analysis.evaluate import is_parameter_only
 from vmeanba_fx.analysis.regions import NOTHING
-from vmeanba_fx.graph import Emitter, arguments, aten, downstream, refresh, remove_dead_code, value
+from vmeanba_fx.graph import Emitter, aten, downstream, is_pointwise_conv, refresh, remove_dead_code, upstream, value
 
 NAME = "refit"
 _CONVS = {aten.conv1d.default, aten.conv2d.default}
@@ -90,12 +90,7 @@ def is_pointwise_linear(node: fx.Node) -> bool:
     """A linear layer, or a convolution with kernel 1, stride 1 and one group, called with positional arguments."""
     if node.target is aten.linear.default:
         return not node.kwargs
-    if node.target not in _CONVS or node.kwargs:
-        return False
-    given = arguments(node)
-    kernel = set(value(given["weight"]).shape[2:])
-    plain = set(given["stride"]) == {1} and set(given["padding"]) == {0} and given["groups"] == 1
-    return kernel == {1} and plain
+    return node.target in _CONVS and not node.kwargs and is_pointwise_conv(node)
 
 
 def _is_affine_norm(node: fx.Node) -> bool:
@@ -106,7 +101,7 @@ def _is_affine_norm(node: fx.Node) -> bool:
 
 def _all_flows_through(start: fx.Node, gate: fx.Node) -> bool:
     """True where every path from ``start`` to anything that counts passes through ``gate``."""
-    above = _ancestors(gate)
+    above = upstream(gate)
     stack, seen = [start], {gate}
     while stack:
         node = stack.pop()
@@ -119,17 +114,6 @@ def _all_flows_through(start: fx.Node, gate: fx.Node) -> bool:
             return False
         stack.extend(node.users)
     return True
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        for above in stack.pop().all_input_nodes:
-            if above not in found:
-                found.add(above)
-                stack.append(above)
-    return found
 
 
 def find_stream(layer: fx.Node) -> fx.Node | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from .errors import PlanError, SiteError
+from .files import is_number
 from .sites import Site
 
 if TYPE_CHECKING:
@@ -48,11 +48,11 @@ class Choice:
             if not 0 <= self.k <= free:
                 besides = " besides the excluded ones" if kept_out else ""
                 raise SiteError(f"k={self.k}: this model has {free} {what} to replace{besides}, so k can be 0 to {free}")
-        if self.max_drop is not None and not (_finite(self.max_drop) and self.max_drop >= 0):
+        if self.max_drop is not None and not (is_number(self.max_drop) and self.max_drop >= 0):
             raise SiteError(
                 f"max_drop={self.max_drop!r}: give a number of at least 0, in units of the metric {plan.metric!r}"
             )
-        if self.speedup is not None and not (_finite(self.speedup) and self.speedup >= 1):
+        if self.speedup is not None and not (is_number(self.speedup) and self.speedup >= 1):
             raise SiteError(f"speedup={self.speedup!r}: give a number of at least 1, as in speedup=1.3")
         return named, kept_out
 
@@ -195,7 +195,3 @@ def match(sites: Sequence[Site], patterns: str | Sequence[str], what: str) -> se
             raise SiteError(f"{what}: {pattern!r} matches no site; the sites are {', '.join(s.name for s in sites)}")
         found.update(names)
     return found
-
-
-def _finite(v: Any) -> bool:
-    return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)

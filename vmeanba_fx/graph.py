@@ -14,7 +14,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 
-from .errors import GraphCheckError, UnknownSizeError
+from .errors import GraphCheckError, SiteError, UnknownSizeError
 from .ops import last_state as _last_state  # noqa: F401  registers torch.ops.vmeanba_fx.*
 
 aten = torch.ops.aten
@@ -60,6 +60,20 @@ def scan_nodes(gm: fx.GraphModule) -> list[tuple[fx.GraphModule, fx.Node]]:
                 if isinstance(body, fx.GraphModule):
                     found += scan_nodes(body)
     return found
+
+
+def find_scan(gm: fx.GraphModule, site: str) -> tuple[fx.GraphModule, fx.Node]:
+    """The scan of a site with the graph that owns it.
+
+    Raises:
+        SiteError: ``gm`` has no scan of that name.
+    """
+    names = []
+    for owner, node in scan_nodes(gm):
+        if node.meta[SITE] == site:
+            return owner, node
+        names.append(node.meta[SITE])
+    raise SiteError(f"no scan named {site}; the graph has: {', '.join(names) or 'none'}")
 
 
 def calls_of(gm: fx.GraphModule, target: Callable[..., Any]) -> list[tuple[fx.GraphModule, fx.Node]]:
@@ -165,7 +179,8 @@ class Emitter:
         return node
 
     def get_attr(self, owner: fx.GraphModule, name: str, tensor: torch.Tensor) -> fx.Node:
-        """Register ``tensor`` as a buffer of ``owner`` under a fresh name and return a node that reads it."""
+        """Register ``tensor`` as a buffer of ``owner`` under a fresh name made of ``name``; returns a node that reads it."""
+        name = name.replace(".", "_").replace("#", "_")
         fresh, i = name, 0
         while hasattr(owner, fresh):
             i += 1
@@ -269,3 +284,21 @@ def downstream(graph: fx.Graph, roots: set[fx.Node]) -> set[fx.Node]:
         if node not in reached and any(a in reached for a in node.all_input_nodes):
             reached.add(node)
     return reached
+
+
+def upstream(node: fx.Node) -> set[fx.Node]:
+    """Every node that the value of ``node`` depends on, without itself."""
+    found: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        fresh = [above for above in stack.pop().all_input_nodes if above not in found]
+        found.update(fresh)
+        stack += fresh
+    return found
+
+
+def is_pointwise_conv(conv: fx.Node) -> bool:
+    """Whether a convolution treats every position by itself: kernel 1, stride 1, no padding, one group."""
+    a = arguments(conv)
+    plain = set(a["stride"]) == {1} and set(a["padding"]) == {0} and a["groups"] == 1
+    return plain and set(value(a["weight"]).shape[2:]) == {1}

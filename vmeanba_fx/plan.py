@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from .calibration.batches import Batches
 from .calibration.bootstrap import spearman
@@ -20,6 +19,7 @@ from .calibration.curve import Curve
 from .calibration.fingerprint import Fingerprint
 from .capturing.capture import capture, capture_info, is_captured
 from .capturing.confinement import one_at_a_time
+from .capturing.copies import device_of, to_device
 from .choice import Choice, by_impact
 from .errors import PlanError
 from .files import parse_json, read_json, write_atomically
@@ -180,9 +180,7 @@ class Plan:
         if self.times is None or self.times.device != device_name(gm):
             info = capture_info(gm)
             example = self._example_inputs() if self.inputs else (info.args, info.kwargs)
-            device = next((t.device for t in (*gm.parameters(), *gm.buffers())), torch.device("cpu"))
-            args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(device), example)
-
+            args, kwargs = to_device(example, device_of(gm))
 
             def rewrite(names: list[str]) -> fx.GraphModule:
                 return run_passes(copy_graph(gm), self._steps(gm, names, loader=loader))[0]
@@ -233,8 +231,7 @@ class Plan:
         chosen = choice.names(self, lambda: self._times_of(gm, calib_loader))
         info = capture_info(gm)
         passes = self._steps(gm, chosen, refit, calib_loader)
-        device = next((t.device for t in (*gm.parameters(), *gm.buffers())), torch.device("cpu"))
-        args = pytree.tree_map_only(Tensor, lambda t: t.to(device), (info.args, info.kwargs)) if verify else None
+        args = to_device((info.args, info.kwargs), device_of(gm)) if verify else None
         gm, records = run_passes(gm, passes, skip=skip_passes, verify_args=args, dump=dump)
         speed = None
         if speedup is not None and self.times is not None:

@@ -13,6 +13,7 @@ from .analysis.regions import concrete_shape, is_annihilated
 from .calibration.execute import Executor
 from .capturing.capture import capture_info
 from .capturing.confinement import one_at_a_time
+from .capturing.copies import to_device
 from .errors import NoSitesError, SiteError, UnknownSizeError
 from .graph import LAST_STATE, REPORT, SITE, aten, graph_modules, scan_nodes
 
@@ -198,8 +199,7 @@ def _probe(gm: fx.GraphModule, sites: list[Site]) -> None:
         return
     scans = [nodes[s.name] for s in checked]
     executor = Executor(gm, scans, keep=scans)
-    device = executor.device
-    args, kwargs = executor.to_device((info.args, info.kwargs), device)
+    args, kwargs = to_device((info.args, info.kwargs), executor.device)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         base, state = executor.run(*args, **kwargs)
         shifted = {nodes[s.name]: _shifted(state.value(nodes[s.name]), s) for s in checked}

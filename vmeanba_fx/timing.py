@@ -11,6 +11,7 @@ import torch
 import torch.utils.benchmark as benchmark
 from torch import fx
 
+from .capturing.copies import device_of
 from .sites import Site
 
 _ROUNDS = 7
@@ -93,5 +94,5 @@ def timed(
 
 def device_name(gm: fx.GraphModule) -> str:
     """Of the parameters: the GPU's name, or cpu and the number of threads."""
-    device = next((t.device for t in (*gm.parameters(), *gm.buffers())), torch.device("cpu"))
+    device = device_of(gm)
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"

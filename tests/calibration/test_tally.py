@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vmeanba_fx.calibration import tally
-from vmeanba_fx.calibration.tally import Tally, Units, half_of
+from vmeanba_fx.calibration.tally import BlockSums, Tally, half_of
 
 
 def values(n, columns=2, seed=0):
@@ -15,7 +15,7 @@ def values(n, columns=2, seed=0):
 
 def test_units_stay_bounded_and_exact(monkeypatch):
     monkeypatch.setattr(tally, "_MOST_VALUES", 40)
-    units, all_values = Units(2), values(1000)
+    units, all_values = BlockSums(2), values(1000)
     for part in all_values.split(37, dim=1):
         units.add(part)
     assert len(units.counts) <= 20 and units.samples == 1000 and units.block >= 64
@@ -27,7 +27,7 @@ def test_units_stay_bounded_and_exact(monkeypatch):
 
 
 def test_a_value_for_a_batch_counts_its_images():
-    units = Units(1)
+    units = BlockSums(1)
     units.add(torch.tensor([[3.0]]), weight=4)
     units.add(torch.tensor([[1.0]]), weight=12)
     assert units.samples == 16 and units.means() == [1.5]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vmeanba_fx.fitting.least_squares import RIDGES, Layout, Metric, Sums, auto_rank, fit_low_rank, refit_linear
+from vmeanba_fx.fitting.least_squares import RIDGES, Layout, Sums, Weighting, auto_rank, fit_low_rank, refit_linear
 
 NO_RIDGE = (1e-13,)
 
@@ -32,14 +32,14 @@ def summed(rows: Tensor, width: int, parts: int = 2) -> Sums:
     return sums
 
 
-def metrics(layout: Layout, project: bool = False, weights: Tensor | None = None) -> list[Metric]:
+def weightings(layout: Layout, project: bool = False, weights: Tensor | None = None) -> list[Weighting]:
     """Of one head."""
-    return [Metric.of(layout.channels, project=project, device=torch.device("cpu"), weights=weights)]
+    return [Weighting.of(layout.channels, project=project, device=torch.device("cpu"), weights=weights)]
 
 
 def fitted(rows: Tensor, layout: Layout, rank: int, project=False, skip=False, ridges=NO_RIDGE, weights=None):
-    measure = metrics(layout, project, weights)
-    [fit], energy = fit_low_rank(summed(rows, layout.width), layout, rank, metrics=measure, skip=skip, ridges=ridges)
+    measure = weightings(layout, project, weights)
+    [fit], energy = fit_low_rank(summed(rows, layout.width), layout, rank, weightings=measure, skip=skip, ridges=ridges)
     return fit, energy
 
 
@@ -122,7 +122,7 @@ def test_streamed_sums_equal_those_of_one_batch(parts):
         for piece in part.chunk(parts // 2, dim=1):
             many.add(piece, half)
     torch.testing.assert_close(many.halves, one.halves, rtol=1e-12, atol=1e-9)
-    found, expected = (fit_low_rank(s, layout, 2, metrics=metrics(layout, True), skip=True)[0][0] for s in (many, one))
+    found, expected = (fit_low_rank(s, layout, 2, weightings=weightings(layout, True), skip=True)[0][0] for s in (many, one))
     torch.testing.assert_close(found.V, expected.V, rtol=1e-6, atol=1e-8)
 
 
@@ -140,8 +140,8 @@ def test_more_rank_explains_more_and_auto_takes_the_least_that_is_enough():
     assert list(energies.values()) == sorted(energies.values())
     sums = summed(rows, layout.width)
     for rank, energy in energies.items():
-        assert auto_rank(sums, layout, energy - 1e-6, metrics=metrics(layout), skip=False) == rank
-    assert auto_rank(sums, layout, 1.0, metrics=metrics(layout), skip=False) == 8
+        assert auto_rank(sums, layout, energy - 1e-6, weightings=weightings(layout), skip=False) == rank
+    assert auto_rank(sums, layout, 1.0, weightings=weightings(layout), skip=False) == 8
 
 
 def test_the_ridge_is_judged_on_the_other_half():
@@ -201,16 +201,17 @@ def test_errors_count_by_the_metric():
     layout = Layout(1, 5)
     rows = rows_of(1, 5)
     G = torch.diag(torch.tensor([0.0, 1.0, 4.0, 0.5, 2.0], dtype=torch.float64)) + 0.1 * torch.ones(5, 5, dtype=torch.float64)
-    [metric] = metrics(layout, weights=G)
-    torch.testing.assert_close(metric.root @ metric.root, G + 0.1 * G.diagonal().mean() * torch.eye(5, dtype=torch.float64))
-    torch.testing.assert_close(metric.root @ metric.inverse, torch.eye(5, dtype=torch.float64))
+    [weighting] = weightings(layout, weights=G)
+    one = torch.eye(5, dtype=torch.float64)
+    torch.testing.assert_close(weighting.root @ weighting.root, G + 0.1 * G.diagonal().mean() * one)
+    torch.testing.assert_close(weighting.root @ weighting.inverse, one)
     fit, energy = fitted(rows, layout, 1, weights=G)
     Z, Y = (rows[0, :, part] - rows[0, :, part].mean(0) for part in (layout.z(), layout.y))
-    expected = torch.from_numpy(dense_low_rank(Z.numpy(), (Y @ metric.root).numpy(), 1))
+    expected = torch.from_numpy(dense_low_rank(Z.numpy(), (Y @ weighting.root).numpy(), 1))
     found = predicted(fit, rows, layout) - rows[0, :, layout.y].mean(0)
-    torch.testing.assert_close(found, expected @ metric.inverse, atol=1e-7, rtol=1e-6)
-    error = (Y - found) @ metric.root
-    assert energy == pytest.approx(1 - float(error.square().sum() / (Y @ metric.root).square().sum()), abs=1e-9)
+    torch.testing.assert_close(found, expected @ weighting.inverse, atol=1e-7, rtol=1e-6)
+    error = (Y - found) @ weighting.root
+    assert energy == pytest.approx(1 - float(error.square().sum() / (Y @ weighting.root).square().sum()), abs=1e-9)
 
 
 def test_at_full_rank_no_metric_makes_a_difference():
@@ -227,7 +228,7 @@ def test_what_the_layer_norm_absorbs_stays_out_of_the_metric():
     G = normal(4, 4, seed=3) @ normal(4, 4, seed=3).T
     fit, _ = fitted(rows, layout, 2, project=True, skip=True, weights=G)
     assert fit.V.sum(1).abs().max() < 1e-9 and fit.b.sum().abs() < 1e-9
-    assert metrics(layout, True, torch.zeros(4, 4, dtype=torch.float64))[0].root.equal(metrics(layout, True)[0].root)
+    assert weightings(layout, True, torch.zeros(4, 4, dtype=torch.float64))[0].root.equal(weightings(layout, True)[0].root)
 
 
 def test_a_linear_layer_stays_where_every_change_does_harm():

@@ -32,7 +32,7 @@ from .metrics import Metric, resolve_metric
 from .replacing import Replacer
 from .resume import Saved
 from .scoring import Runner, measure_sites
-from .tally import Tally, Units
+from .tally import BlockSums, Tally
 
 Score = Literal["measured", "gradient", "both"]
 
@@ -236,7 +236,7 @@ def _with_scores(plan: Plan, tallies: dict[str, Tally], seed: int) -> Plan:
     )
 
 
-def _impacts(plan: Plan, half: Units) -> tuple[list[float], list[float]]:
+def _impacts(plan: Plan, half: BlockSums) -> tuple[list[float], list[float]]:
     """Impacts and tie breaks of the sites on one half of the data."""
     n = len(plan.sites)
     base, *rest = half.means()

@@ -15,8 +15,8 @@ from .bootstrap import intervals
 from .gradient import Estimator
 from .metrics import Batch
 from .resume import Saved
-from .scoring import Runner
-from .tally import Units, half_of
+from .scoring import Runner, measure_each
+from .tally import BlockSums, half_of
 
 Unit = tuple[int, ...]
 """Indices of sites that are replaced together: one site, or the sites of a module."""
@@ -119,8 +119,9 @@ class Walk:
     ) -> tuple[list[float], list[float]]:
         """Metric and shift of the outputs with each unit of ``left`` replaced on top of ``order``."""
         taken = tuple(i for u in order for i in u)
+        measure = measure_each(self.runner, [(*taken, *u) for u in left], self.bar, shifts=True)
         with torch.no_grad():
-            found = self._pass("greedy", head, self._measure([(*taken, *u) for u in left], shifts=True), half)
+            found = self._pass("greedy", head, measure, half)
         _, *means = found.means()
         return means[: len(left)], means[len(left) :] or [0.0] * len(left)
 
@@ -143,7 +144,7 @@ class Walk:
         """``curve`` with the metric after each step on the held-out half."""
         head = {"key": {"order": [list(u) for u in curve.order], "chain": self.batches.chain}}
         steps = [tuple(i for u in curve.order[: j + 1] for i in u) for j in range(len(curve.order))]
-        found = self._pass("curve", head, self._measure(steps, shifts=False), 1)
+        found = self._pass("curve", head, measure_each(self.runner, steps, self.bar, shifts=False), 1)
         base, *values = found.means()
         counts, sums = found.tensors()
         edges = intervals(counts, sums[:, 1:] - sums[:, :1], seed=self.seed, span=span)
@@ -152,14 +153,14 @@ class Walk:
 
     def _pass(
         self, name: str, head: dict[str, Any], measure: Callable[[int, Batch], tuple[Tensor, int]], half: int | None
-    ) -> Units:
+    ) -> BlockSums:
         """``measure`` on the batches of one half, added up; what the state file has of exactly this pass is kept."""
         total = len(self.batches)
 
-        def parse(section: Any) -> tuple[Units | None, int]:
+        def parse(section: Any) -> tuple[BlockSums | None, int]:
             if {k: section.get(k) for k in head} != head or not section.get("units"):
                 return None, 0
-            return Units.from_dict(section["units"], int(section["columns"])), int(section["batches"])
+            return BlockSums.from_dict(section["units"], int(section["columns"])), int(section["batches"])
 
         units, done = self.saved.read(name, parse) or (None, 0)
         for index, batch in self.batches.again(lambda i: half is None or total == 1 or i % 2 == half):
@@ -168,26 +169,9 @@ class Walk:
             values, weight = measure(index, batch)
             if half is not None:
                 values = half_of(index, values, weight, total)[half]
-            units = Units(len(values)) if units is None else units
+            units = BlockSums(len(values)) if units is None else units
             units.add(values, weight)
             section = {"columns": units.columns, "batches": index + 1, "units": units.to_dict()}
             self.saved.write(**{name: head | section})
         assert units is not None
         return units
-
-    def _measure(self, sets: Sequence[Unit], *, shifts: bool) -> Callable[[int, Batch], tuple[Tensor, int]]:
-        """Columns: the unchanged model, every set of sites replaced, then their KL with ``shifts``."""
-
-        def measure(index: int, batch: Batch) -> tuple[Tensor, int]:
-            run = self.runner.base(index, batch)
-            columns, moved = [run.values], []
-            for chosen in sets:
-                outputs, values = run.replaced(chosen)
-                columns.append(values)
-                moved.append(run.shift(outputs) if shifts else None)
-                self.bar.update()
-            if all(m is not None for m in moved):
-                columns += moved
-            return torch.stack([c.cpu() for c in columns]), run.weight
-
-        return measure

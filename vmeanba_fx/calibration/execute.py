@@ -18,6 +18,7 @@ import torch.fx._pytree as fx_pytree
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
+from ..capturing.copies import device_of
 from ..errors import UnknownSizeError
 from ..graph import concrete_sizes, graph_modules, mutates, value
 
@@ -85,9 +86,7 @@ class Executor:
     @property
     def device(self) -> torch.device:
         """Device of the graph's parameters and buffers."""
-        for tensor in (*self.gm.parameters(), *self.gm.buffers()):
-            return tensor.device
-        return torch.device("cpu")
+        return device_of(self.gm)
 
     def share_below(self, point: fx.Node) -> float:
         """The share of the graph's nodes that :meth:`rerun` runs for an override of ``point``."""
@@ -97,10 +96,6 @@ class Executor:
     def writes(self) -> bool:
         """Whether the graph writes into its own values: then no value may be used again later."""
         return self._writes
-
-    @staticmethod
-    def to_device(values: Any, device: torch.device) -> Any:
-        return pytree.tree_map_only(Tensor, lambda t: t.to(device), values)
 
     def run(self, *args: Any, **kwargs: Any) -> tuple[Any, State]:
         """All nodes. Returns the model's outputs and the state that :meth:`rerun` needs."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.func import functional_call
 
-from ..graph import SITE, Emitter, aten, copy_graph, downstream, graph_modules, mutates, scan_nodes, value
+from ..graph import SITE, Emitter, aten, copy_graph, downstream, find_scan, graph_modules, mutates, value
 from ..sites import Site, skip_product
 from .metrics import Batch
 from .replacing import Replacer
@@ -35,7 +35,7 @@ class Gated:
         self.names: list[str] = []
         writes = any(mutates(node) for owner in graph_modules(self.gm) for node in owner.graph.nodes)
         for i, site in enumerate(left):
-            owner, scan = next((o, n) for o, n in scan_nodes(self.gm) if n.meta[SITE] == site.name)
+            owner, scan = find_scan(self.gm, site.name)
             path = next(name for name, module in self.gm.named_modules() if module is owner)
             _insert_gate(owner, scan, [scan] if writes else branch_of(scan), _GATE.format(i))
             replacer.rewrite(self.gm, [site.name])

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from ..capturing.copies import to_device
 from ..errors import CalibrationError
 
 __all__ = ["Batch", "Metric", "resolve_metric"]
@@ -39,10 +40,7 @@ class Batch:
         raise CalibrationError("a batch without any tensor")
 
     def to(self, device: torch.device) -> Batch:
-        args, kwargs, labels, raw = pytree.tree_map_only(
-            Tensor, lambda t: t.to(device), (self.args, self.kwargs, self.labels, self.raw)
-        )
-        return Batch(args, kwargs, labels, raw)
+        return Batch(*to_device((self.args, self.kwargs, self.labels, self.raw), device))
 
     def split(self, count: int) -> Iterator[Batch]:
         """Inputs of at most ``count`` samples at a time: tensors as long as the batch are cut, all else stays whole."""

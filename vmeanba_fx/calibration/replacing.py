@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from ..errors import CalibrationError
 from ..fitting.rank_block import RankFit, rank_scan_tensors
-from ..graph import SITE, copy_graph, graph_modules, read_attribute, scan_nodes
+from ..graph import SITE, copy_graph, find_scan, graph_modules, read_attribute
 from ..passes.mean_scan import Mean, mean_scan, mean_scan_tensors, scan_arguments
 from ..passes.rank_scan import rank_scan
 from ..passes.refit import weight_position
@@ -23,7 +23,7 @@ class Point:
 
     def __init__(self, gm: fx.GraphModule, site: Site) -> None:
         self.site = site
-        owner, self.scan = next((o, n) for o, n in scan_nodes(gm) if n.meta[SITE] == site.name)
+        owner, self.scan = find_scan(gm, site.name)
         self.body: fx.GraphModule | None = None
         self.node = self.scan
         if owner is gm:

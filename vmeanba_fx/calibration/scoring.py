@@ -105,20 +105,29 @@ def measure_sites(runner: Runner, batches: Batches, saved: Saved, bar: Any) -> T
     small calibration set leaves many sites with equal accuracy, and the shift of the outputs tells them apart.
     """
     n = len(runner.sites)
+    measure = measure_each(runner, [[i] for i in range(n)], bar, shifts=True)
+    return whole_pass(measure, (1 + n, 1 + 2 * n), batches, saved, SINGLES, lambda: bar.update(n))
+
+
+def measure_each(
+    runner: Runner, sets: Sequence[Sequence[int]], bar: Any, *, shifts: bool
+) -> Callable[[int, Batch], tuple[Tensor, int]]:
+    """(values (columns, n), weight) of a batch: the unchanged model, every set of sites replaced, then their KL with
+    ``shifts`` where the outputs are class scores."""
 
     def measure(index: int, batch: Batch) -> tuple[Tensor, int]:
         run = runner.base(index, batch)
-        columns, shifts = [run.values], []
-        for i in range(n):
-            outputs, values = run.replaced([i])
+        columns, moved = [run.values], []
+        for chosen in sets:
+            outputs, values = run.replaced(chosen)
             columns.append(values)
-            shifts.append(run.shift(outputs))
+            moved.append(run.shift(outputs) if shifts else None)
             bar.update()
-        if all(shift is not None for shift in shifts):
-            columns += shifts
+        if all(m is not None for m in moved):
+            columns += moved
         return torch.stack([c.cpu() for c in columns]), run.weight
 
-    return whole_pass(measure, (1 + n, 1 + 2 * n), batches, saved, SINGLES, lambda: bar.update(n))
+    return measure
 
 
 def whole_pass(

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_MOST_VALUES = 60_000  # kept by one Units; with more, neighbouring images are added up
+_MOST_VALUES = 60_000  # kept by one BlockSums; with more, neighbouring images are added up
 
 
-class Units:
+class BlockSums:
     """Sums of ``columns`` quantities over blocks of images, in order; a block is one image while there are few.
 
     Memory and file stay bounded: when too many values are held, neighbouring blocks are merged, two by two.
@@ -56,8 +56,8 @@ class Units:
         sums = torch.tensor(self.sums, dtype=torch.float64).reshape(-1, self.columns)
         return torch.tensor(self.counts, dtype=torch.float64), sums
 
-    def __add__(self, other: Units) -> Units:
-        both = Units(self.columns)
+    def __add__(self, other: BlockSums) -> BlockSums:
+        both = BlockSums(self.columns)
         both.counts, both.sums = self.counts + other.counts, self.sums + other.sums
         return both
 
@@ -65,7 +65,7 @@ class Units:
         return {"block": self.block, "counts": self.counts, "sums": self.sums}
 
     @classmethod
-    def from_dict(cls, d: dict[str, Any], columns: int) -> Units:
+    def from_dict(cls, d: dict[str, Any], columns: int) -> BlockSums:
         """Raises ``KeyError``, ``TypeError`` or ``ValueError`` where ``d`` is not what :meth:`to_dict` made."""
         found = cls(columns)
         found.block, found.counts = int(d["block"]), [int(n) for n in d["counts"]]
@@ -96,7 +96,7 @@ class Tally:
         self.columns = columns
         self.batches = 0
         self._head: tuple[Tensor, int] | None = None
-        self._halves = (Units(columns), Units(columns))
+        self._halves = (BlockSums(columns), BlockSums(columns))
 
     def add(self, values: Tensor, weight: int) -> None:
         """The next batch: ``values`` (columns, n), each standing for ``weight`` images."""
@@ -110,22 +110,22 @@ class Tally:
         self.batches += 1
 
     @property
-    def ranking(self) -> Units:
+    def ranking(self) -> BlockSums:
         return self._half(0)
 
     @property
-    def held_out(self) -> Units:
+    def held_out(self) -> BlockSums:
         return self._half(1)
 
     @property
-    def all(self) -> Units:
+    def all(self) -> BlockSums:
         return self.ranking + self.held_out
 
-    def _half(self, which: int) -> Units:
+    def _half(self, which: int) -> BlockSums:
         if self._head is None:
             return self._halves[which]
         values, weight = self._head
-        found = Units(self.columns)
+        found = BlockSums(self.columns)
         found.add(half_of(0, values, weight, 1)[which], weight)
         return found
 
@@ -139,7 +139,7 @@ class Tally:
         found = cls(columns)
         found.batches = int(d["batches"])
         first, second = d["halves"]
-        found._halves = Units.from_dict(first, columns), Units.from_dict(second, columns)
+        found._halves = BlockSums.from_dict(first, columns), BlockSums.from_dict(second, columns)
         if d["head"] is not None:
             values = torch.tensor(d["head"]["values"], dtype=torch.float64)
             if values.dim() != 2 or len(values) != columns or not bool(torch.isfinite(values).all()):

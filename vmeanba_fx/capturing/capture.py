@@ -7,9 +7,8 @@ code paths that launch raw Triton kernels, invisible to export, are not taken. T
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,6 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
-from .. import ops
 from ..errors import CaptureError
 from ..graph import (
     SCAN,
@@ -34,13 +32,13 @@ from ..graph import (
     site_names,
     strip_metadata,
 )
-from ..ops.last_state import last_state
 from .confinement import capturing, forget_sizes, on_the_cpu, one_at_a_time
 from .copies import device_of, move_to_device, private_copy
 from .discovery import Discovery
+from .emission import emit_scan, module_stack
 from .guards import drop_implied_bounds, drop_needless_guards, failed_guard
 from .intercept import Interception, intercept
-from .registry import ScanCall, compute_dtype, is_scan
+from .registry import ScanCall, is_scan
 
 __all__ = ["CaptureInfo", "capture", "capture_info"]
 
@@ -238,9 +236,7 @@ def reopened(program: ExportedProgram, args: tuple[Any, ...] = (), kwargs: dict[
     if not args and not kwargs:
         args, kwargs = program.example_inputs or ((), {})
     gm = program.module()
-    tensors = [*gm.parameters(), *gm.buffers()]
-    device = tensors[0].device if tensors else torch.device("cpu")
-    return _finish(_plain(gm), CaptureInfo(tuple(args), dict(kwargs or {}), _dynamic_dims(gm)), device, [])
+    return _finish(_plain(gm), CaptureInfo(tuple(args), dict(kwargs or {}), _dynamic_dims(gm)), device_of(gm), [])
 
 
 def _finish(gm: fx.GraphModule, info: CaptureInfo, device: torch.device, paths: list[str]) -> fx.GraphModule:
@@ -305,16 +301,16 @@ def _export(
 
     def emit(call: ScanCall) -> Any:
         stacks.append(tuple(stack))
-        return _emit(call)
+        return emit_scan(call)
 
     with intercept(private, emit, lambda: stack[-1] if stack else "") as (interception, found), on_the_cpu():
         try:
-            with _module_stack(private, stack):
+            with module_stack(private, stack):
                 what = "does not run on the example input"
                 # Modules that build state in their first forward must build it from real tensors.
                 private(*args, **kwargs)
                 interception.refused.clear()
-            with _module_stack(private, stack):
+            with module_stack(private, stack):
                 what = "cannot be exported"
                 program = torch.export.export(private, args, kwargs, dynamic_shapes=shapes, strict=False)
         except CaptureError:  # of ours, and a sentence already
@@ -325,7 +321,7 @@ def _export(
             raise CaptureError("; ".join([message, *_hints(message, interception, found, stacks)])) from error
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with intercept(private, _emit, lambda: ""), on_the_cpu():
+        with intercept(private, emit_scan, lambda: ""), on_the_cpu():
             return private(*args, **kwargs)
 
     refused = list(dict.fromkeys(interception.refused))
@@ -362,45 +358,6 @@ def _hints(message: str, interception: Interception, found: Discovery, stacks: l
     if around and around[-1]:
         hints.append(f"all its scans lie in {around[-1]!r}: capture that module alone and put the result in its place")
     return hints
-
-
-def _emit(call: ScanCall) -> Any:
-    """One scan call as graph nodes: the bare recurrence as one op, the skip, the gate and the cast as plain nodes."""
-    compute = compute_dtype(call.u.dtype)
-    y = ops.selective_scan(
-        call.u, call.delta, call.A, call.B, call.C, None, None, call.delta_bias, call.delta_softplus, compute
-    )
-    if call.D is not None:
-        y = y + _cast(call.D, compute).unsqueeze(-1) * call.u
-    if call.z is not None:
-        y = y * torch.nn.functional.silu(_cast(call.z, compute))
-    y = _cast(y, call.out_dtype or call.u.dtype)
-    return call.result(
-        y, lambda: last_state(call.u, call.delta, call.A, call.B, call.delta_bias, call.delta_softplus)
-    )
-
-
-def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t if t.dtype == dtype else t.to(dtype)  # export would record a cast that does nothing
-
-
-@contextlib.contextmanager
-def _module_stack(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keep ``stack`` at the paths of the modules whose forward is running."""
-
-    def leave(*_: object) -> None:
-        stack.pop()
-
-    handles = []
-    for path, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda *_, path=path: stack.append(path)))
-        handles.append(module.register_forward_hook(leave, always_call=True))
-    try:
-        yield
-    finally:
-        stack.clear()
-        for handle in handles:
-            handle.remove()
 
 
 def _dynamic_dims(gm: fx.GraphModule) -> tuple[tuple[str, int], ...]:

@@ -30,6 +30,11 @@ def device_of(model: nn.Module) -> torch.device:
     return next(iter(devices), torch.device("cpu"))
 
 
+def to_device(values: Any, device: torch.device) -> Any:
+    """``values`` with all tensors in it on ``device``."""
+    return pytree.tree_map_only(Tensor, lambda t: t.to(device), values)
+
+
 class _CopiesResults(TorchFunctionMode):
     """Lets ``deepcopy`` copy what a module kept of its last forward: tensors with a history, as values."""
 

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.utils.benchmark import Timer
 
 from ..calibration.calibrate import calibrate
+from ..capturing.copies import device_of
 from ..exporting.export import relative_error
 from ..plan import Plan
 from ..report import report
@@ -79,7 +80,7 @@ def bench(args: argparse.Namespace) -> Outcome:
     if out is not None and out.exists() and not out.is_dir():
         raise CommandError(f"--out {out}: is not a folder")
     model = build_model(args.model, args.weights, seed=args.seed, device=args.device).to(_DTYPES[args.dtype])
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    device = device_of(model)
     args.batch = args.batch or (8 if device.type == "cuda" else 1)
     images = _images(args, model).to(device)
     scans_wanted = args.block is None or any(part != "profile" for part in args.parts)

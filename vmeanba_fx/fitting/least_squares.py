@@ -1,7 +1,7 @@
 """Least squares from streamed sums: what a rank-r scan, a refitted linear layer and a refitted LayerNorm are solved from.
 
 Rows are observations (a position of an image), columns are variables. Nothing but the columns' Gram matrix is kept, in
-float64 and for even and odd images apart, so memory does not depend on the number of images, and every ridge can be
+float64 and for two halves of the images apart, so memory does not depend on the number of images, and every ridge can be
 judged on the half that it was not fitted to. All solves are float64 and deterministic.
 
 Rank-r scan of one site. Z_k (n, D) is the shared-decay scan of u in direction k, linear in u; Y (n, D) the true scan,
@@ -10,7 +10,7 @@ summed over the K directions where they are merged; U (n, D) the un-scanned map 
     Y ~ sum_k Z_k W_k^T V_k^T + U diag(s) + 1 b^T         W_k (r, D), V_k (D, r), s (D,), b (D,)
 
 ``s`` costs nothing at run time: it goes into the D of the skip. An error e (D,) of one position counts as e^T G e
-(:class:`Metric`): G = 1, less what is constant over the channels where a LayerNorm over them follows, or the model's own
+(:class:`Weighting`): G = 1, less what is constant over the channels where a LayerNorm over them follows, or the model's own
 sensitivity (:mod:`.sensitivity`).
 
 Ridge rule: lambda times the mean diagonal of the regressors' Gram matrix, lambda the value of ``RIDGES`` with the least
@@ -20,7 +20,7 @@ needs no eigenvectors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,17 @@ AUTO_RANKS = (1, 2, 4, 8, 16)
 _SWEEPS = 2
 _POLISH = 8
 _FLOOR = 0.1
+
+
+def halves_of(items: int, batch_index: int, step: int) -> Iterator[tuple[int, slice]]:
+    """(half, items) of a batch for :class:`Sums`, at most ``step`` items at a time.
+
+    Halves of the batch, so that windows of one image stay together; batches of a single item take turns.
+    """
+    middle = items // 2 if items > 1 else (batch_index + 1) % 2
+    for half, (start, stop) in enumerate(((0, middle), (middle, items))):
+        for low in range(start, stop, step):
+            yield half, slice(low, min(low + step, stop))
 
 
 class Sums:
@@ -90,14 +101,14 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Metric:
+class Weighting:
     """How errors of D channels count: e^T G e, G = root root with root (D, D) symmetric, ``inverse`` its (pseudo-)inverse."""
 
     root: Tensor
     inverse: Tensor
 
     @classmethod
-    def of(cls, channels: int, *, project: bool, device: torch.device, weights: Tensor | None = None) -> Metric:
+    def of(cls, channels: int, *, project: bool, device: torch.device, weights: Tensor | None = None) -> Weighting:
         """``project``: what is constant over the channels does not count. ``weights`` (D, D): G up to its scale; every
         direction counts at least ``_FLOOR`` times their mean."""
         P = torch.eye(channels, dtype=torch.float64, device=device)
@@ -116,14 +127,14 @@ class Metric:
 class _Problem:
     """One head's normal equations with the constant column removed; what is fitted is Y root, where errors count alike."""
 
-    def __init__(self, gram: Tensor, layout: Layout, metric: Metric) -> None:
+    def __init__(self, gram: Tensor, layout: Layout, weighting: Weighting) -> None:
         self.layout = layout
-        self.metric = metric
+        self.weighting = weighting
         rows = gram[-1, -1].clamp_min(1.0)
         self.means = gram[-1, :-1] / rows
         full = gram[:-1, :-1] - rows * torch.outer(self.means, self.means)
         z, u, y = layout.z(), layout.u, layout.y
-        self.root = metric.root
+        self.root = weighting.root
         G = self.root @ self.root
         self.ZZ, self.ZU, self.UU = full[z, z], full[z, u], full[u, u] * G
         self.ZY, self.UY = full[z, y] @ self.root, (full[u, y] * G).sum(1)
@@ -224,15 +235,15 @@ class _Solver:
 
 
 def fit_low_rank(
-    sums: Sums, layout: Layout, rank: int, *, metrics: Sequence[Metric], skip: bool = True, bias: bool = True,
+    sums: Sums, layout: Layout, rank: int, *, weightings: Sequence[Weighting], skip: bool = True, bias: bool = True,
     ridges: tuple[float, ...] = RIDGES,
 ) -> tuple[list[LowRank], float]:  # fmt: skip
-    """The fit of every head, and the share of the scan's energy (about its mean, in the metric) that it explains."""
-    ridge = _best_ridge(sums, layout, metrics, ridges)
+    """The fit of every head, and the share of the scan's energy (about its mean, in the weighting) that it explains."""
+    ridge = _best_ridge(sums, layout, weightings, ridges)
     fits: list[LowRank] = []
     left = total = 0.0
-    for gram, metric in zip(sums.whole, metrics, strict=True):
-        problem = _Problem(gram, layout, metric)
+    for gram, weighting in zip(sums.whole, weightings, strict=True):
+        problem = _Problem(gram, layout, weighting)
         W, V, s = _Solver(problem, ridge, skip).run(rank)
         left += max(problem.loss(W @ V.T, s), 0.0)
         total += problem.total
@@ -240,14 +251,14 @@ def fit_low_rank(
     return fits, 1.0 - left / total if total > 0 else 1.0
 
 
-def _best_ridge(sums: Sums, layout: Layout, metrics: Sequence[Metric], ridges: tuple[float, ...]) -> float:
+def _best_ridge(sums: Sums, layout: Layout, weightings: Sequence[Weighting], ridges: tuple[float, ...]) -> float:
     splits = sums.splits()
     if len(ridges) == 1 or not splits:
         return ridges[-1]
     errors = [0.0] * len(ridges)
     for fit, judge in splits:
-        for a, b, metric in zip(fit, judge, metrics, strict=True):
-            known, held_out = _Problem(a, layout, metric), _Problem(b, layout, metric)
+        for a, b, weighting in zip(fit, judge, weightings, strict=True):
+            known, held_out = _Problem(a, layout, weighting), _Problem(b, layout, weighting)
             for i, ridge in enumerate(ridges):
                 M = torch.cholesky_solve(known.ZY, _cholesky(known.ZZ, ridge))
                 errors[i] += held_out.loss(M, M.new_zeros(layout.channels))
@@ -257,7 +268,7 @@ def _best_ridge(sums: Sums, layout: Layout, metrics: Sequence[Metric], ridges: t
 def _unpacked(problem: _Problem, W: Tensor, V: Tensor, s: Tensor, rank: int, bias: bool) -> LowRank:
     """Per direction, with W_k of unit rows, so that half precision can hold the hidden channels."""
     layout, K, D = problem.layout, problem.layout.sources, problem.layout.channels
-    V = problem.metric.inverse @ V
+    V = problem.weighting.inverse @ V
     Ws, Vs = [], []
     for k in range(K):
         Q, R = torch.linalg.qr(V[:, k * rank : (k + 1) * rank])
@@ -268,16 +279,16 @@ def _unpacked(problem: _Problem, W: Tensor, V: Tensor, s: Tensor, rank: int, bia
     b = s.new_zeros(D)
     if bias:
         means = problem.means
-        b = problem.metric.inverse @ problem.root @ (means[layout.y] - (means[layout.z()] @ W) @ V.T - means[layout.u] * s)
+        b = problem.weighting.inverse @ problem.root @ (means[layout.y] - (means[layout.z()] @ W) @ V.T - means[layout.u] * s)
     return LowRank(torch.stack(Ws), torch.stack(Vs), s, b)
 
 
-def auto_rank(sums: Sums, layout: Layout, energy: float, *, metrics: Sequence[Metric], skip: bool) -> int:
+def auto_rank(sums: Sums, layout: Layout, energy: float, *, weightings: Sequence[Weighting], skip: bool) -> int:
     """The least of ``AUTO_RANKS`` whose fit explains ``energy`` of the scan; the largest where none does."""
     ranks = [r for r in AUTO_RANKS if r <= layout.channels]
-    ridge = _best_ridge(sums, layout, metrics, RIDGES)
+    ridge = _best_ridge(sums, layout, weightings, RIDGES)
     for rank in ranks[:-1]:
-        if fit_low_rank(sums, layout, rank, metrics=metrics, skip=skip, ridges=(ridge,))[1] >= energy:
+        if fit_low_rank(sums, layout, rank, weightings=weightings, skip=skip, ridges=(ridge,))[1] >= energy:
             return rank
     return ranks[-1]
 

@@ -24,11 +24,11 @@ from ..analysis.evaluate import Unprovable
 from ..calibration.batches import Batches
 from ..calibration.execute import Executor
 from ..errors import CalibrationError, NoSitesError, SiteError
-from ..graph import SITE, scan_nodes, value
+from ..graph import SITE, find_scan, scan_nodes, value
 from ..ops.directions import inverse_table
 from ..passes.mean_scan import group_shape, scan_arguments
 from ..sites import Site, SiteList, skip_product
-from .least_squares import Layout, LowRank, Metric, Sums, auto_rank, fit_low_rank
+from .least_squares import Layout, LowRank, Sums, Weighting, auto_rank, fit_low_rank, halves_of
 from .rank_block import RankFit, call, shared_step
 from .reduction import Reduction
 from .sensitivity import output_gradients
@@ -40,10 +40,10 @@ _ROWS_BUDGET = 1 << 24  # float64 numbers of rows at a time
 
 
 class _SiteRows:
-    """Turns what a scan node reads and gives into rows of :class:`vmeanba_fx.fitting.Layout`."""
+    """Turns what a scan node reads and gives into rows of :class:`.least_squares.Layout`."""
 
     def __init__(self, gm: fx.GraphModule, site: Site) -> None:
-        self.scan = next(n for _, n in scan_nodes(gm) if n.meta[SITE] == site.name)
+        _, self.scan = find_scan(gm, site.name)
         self.site = site
         self.args = scan_arguments(self.scan)
         self.groups, self.channels = group_shape(value(self.args["u"]), value(self.args["B"]))
@@ -95,15 +95,10 @@ class _SiteRows:
     def add(self, sums: Sums, batch_index: int, env: Mapping[fx.Node, Any]) -> None:
         given = {k: env[v] if isinstance(v, fx.Node) else v for k, v in self.args.items()}
         y = env[self.scan]
-        items = y.shape[0]
         step = max(1, _ROWS_BUDGET // (self.heads * self.layout.width * y.shape[2]))
-        # Halves of the batch, so that windows of one image stay together; single images take turns.
-        middle = items // 2 if items > 1 else (batch_index + 1) % 2
-        for half, (start, stop) in enumerate(((0, middle), (middle, items))):
-            for low in range(start, stop, step):
-                now = slice(low, min(low + step, stop))
-                part = {k: t[now] if k in ("u", "delta", "B", "C") else t for k, t in given.items()}
-                sums.add(self._rows(y[now], **part), half)
+        for half, now in halves_of(y.shape[0], batch_index, step):
+            part = {k: t[now] if k in ("u", "delta", "B", "C") else t for k, t in given.items()}
+            sums.add(self._rows(y[now], **part), half)
 
     def _rows(self, y: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, delta_bias: Tensor | None,
               delta_softplus: bool, out_dtype: Any) -> Tensor:  # fmt: skip
@@ -134,10 +129,10 @@ class _SiteRows:
 
     def solve(self, sums: Sums, reduction: Reduction) -> RankFit:
         weights = [None] * self.heads if self.sensitivity is None else self.sensitivity
-        metrics = [
-            Metric.of(self.channels, project=self.site.annihilated, device=sums.halves.device, weights=G) for G in weights
+        weightings = [
+            Weighting.of(self.channels, project=self.site.annihilated, device=sums.halves.device, weights=G) for G in weights
         ]
-        options = {"metrics": metrics, "skip": self.skip}
+        options = {"weightings": weightings, "skip": self.skip}
         rank = reduction.rank
         if rank == "auto":
             rank = auto_rank(sums, self.layout, reduction.energy, **options)

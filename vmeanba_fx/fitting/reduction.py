@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from ..errors import CalibrationError
+from ..files import is_number
 
 Reduce = Literal["mean", "rank"]
 Fit = Literal["scan", "outputs"]
@@ -47,8 +47,7 @@ class Reduction:
             rank = DEFAULT_RANK if energy is None else "auto"
         if rank == "auto":
             energy = DEFAULT_ENERGY if energy is None else energy
-            number = isinstance(energy, (int, float)) and not isinstance(energy, bool)
-            if not number or not math.isfinite(energy) or not 0 < energy <= 1:
+            if not is_number(energy) or not 0 < energy <= 1:
                 raise CalibrationError(f"energy={energy!r}: give a share of the scan's energy, above 0 and at most 1")
             return cls("rank", "auto", float(energy), fit)
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:

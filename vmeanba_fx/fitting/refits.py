@@ -27,7 +27,7 @@ from ..errors import CalibrationError
 from ..graph import SITE, copy_graph, downstream, read_attribute, scan_nodes
 from ..passes.refit import Readout, find_readout, find_stream, is_pointwise_linear, refit
 from ..sites import Site
-from .least_squares import Sums, refit_linear
+from .least_squares import Sums, halves_of, refit_linear
 
 Refit = bool | Literal["all"]
 
@@ -202,13 +202,10 @@ def _add(sums: Sums | None, x: Tensor, error: Tensor, index: int) -> Sums:
     width = x.shape[-1] + error.shape[-1] + 1
     if sums is None:
         sums = Sums(heads, width, x.device)
-    middle = items // 2 if items > 1 else (index + 1) % 2
     step = max(1, _ROWS_BUDGET // (heads * positions * width))
-    for half, (start, stop) in enumerate(((0, middle), (middle, items))):
-        for low in range(start, stop, step):
-            now = slice(low, min(low + step, stop))
-            parts = [x[:, now].double(), error[:, now], torch.ones_like(error[:, now, :, :1])]
-            sums.add(torch.cat(parts, dim=-1).flatten(1, 2), half)
+    for half, now in halves_of(items, index, step):
+        parts = [x[:, now].double(), error[:, now], torch.ones_like(error[:, now, :, :1])]
+        sums.add(torch.cat(parts, dim=-1).flatten(1, 2), half)
     return sums
 
 
