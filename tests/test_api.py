@@ -12,6 +12,7 @@ from torch import nn
 
 import vmeanba_fx
 from tests import zoo
+from tests.helpers import relative_error
 from vmeanba_fx import SiteError, transform
 
 LOADER = zoo.labelled(2, 4)
@@ -60,13 +61,13 @@ def test_transform_is_calibrate_and_apply(model, captured, options):
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_no_site_replaced_is_the_model_itself(model, captured, batch):
     gm = transform(captured, LOADER, k=0)
-    assert zoo.relative_error(outputs(gm, batch), outputs(model, batch)) <= 1e-5
+    assert relative_error(outputs(gm, batch), outputs(model, batch)) <= 1e-5
 
 
 def test_no_site_replaced_in_float64():
     model = zoo.tiny().double()
     x = zoo.images(3, dtype=torch.float64)
-    assert zoo.relative_error(transform(model, [x], k=0)(x), model(x)) <= 1e-12
+    assert relative_error(transform(model, [x], k=0)(x), model(x)) <= 1e-12
 
 
 def test_the_original_and_the_random_numbers_are_untouched(model):
@@ -100,7 +101,7 @@ def test_a_generator_is_read_once(captured):
 def test_symbolically_traced_model(model, captured):
     traced = vmeanba_fx.symbolic_trace(model, zoo.images(3))
     gm = transform(traced, LOADER, sites="blocks.0.op")
-    assert zoo.relative_error(outputs(gm), outputs(transform(captured, LOADER, sites="blocks.0.op"))) <= 1e-5
+    assert relative_error(outputs(gm), outputs(transform(captured, LOADER, sites="blocks.0.op"))) <= 1e-5
 
 
 def test_exported_program(captured):
@@ -108,7 +109,7 @@ def test_exported_program(captured):
     gm = transform(program, LOADER, k=2, metric="loss")
     expected = transform(captured, LOADER, k=2, metric="loss")
     assert vmeanba_fx.report(gm).chosen == vmeanba_fx.report(expected).chosen
-    assert zoo.relative_error(outputs(gm), outputs(expected)) <= 1e-5
+    assert relative_error(outputs(gm), outputs(expected)) <= 1e-5
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

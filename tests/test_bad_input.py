@@ -11,7 +11,7 @@ from torch import nn
 
 import vmeanba_fx
 from tests import zoo
-from tests.capturing.test_capture import StaticBatch
+from tests.capturing.models import StaticBatch
 from vmeanba_fx import CalibrationError, CaptureError, NoSitesError, PassError, SiteError, calibrate
 from vmeanba_fx.calibration.metrics import IGNORED, Batch, resolve_metric
 

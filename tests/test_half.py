@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import vmeanba_fx
-from tests.helpers import make_scan_matter
-from tests.passes.test_exact_passes import COMMON, VARIANTS, planned, relative
+from tests.helpers import make_scan_matter, relative_error
+from tests.passes.cases import COMMON, VARIANTS, planned
 from vmeanba_fx.models import VSSM
 
 BOUND = {torch.float16: 0.01, torch.bfloat16: 0.08}
@@ -24,7 +24,7 @@ def test_a_transformed_model_can_be_cast(name, dtype):
             expected = gm(x)
             found = gm.to(dtype)(x.to(dtype))
         assert found.dtype == dtype
-        assert relative(found.float(), expected) < BOUND[dtype]
+        assert relative_error(found.float(), expected) < BOUND[dtype]
 
 
 @pytest.mark.parametrize("options", LIVE, ids=lambda o: "-".join(map(str, o.values())))
@@ -34,7 +34,7 @@ def test_live_sites_can_be_cast(options):
     gm = vmeanba_fx.transform(model, [x], sites=["*"], **options)
     with torch.no_grad():
         expected = gm(x)
-        assert relative(gm.half()(x.half()).float(), expected) < BOUND[torch.float16]
+        assert relative_error(gm.half()(x.half()).float(), expected) < BOUND[torch.float16]
 
 
 @pytest.mark.parametrize("dtype", BOUND, ids=["fp16", "bf16"])
@@ -47,4 +47,4 @@ def test_a_model_that_was_cast_is_transformed(name, dtype):
         for sites in ([], [s.name for s in plan.sites]):
             expected = plan.apply(sites=sites)(x) if sites else model(x)
             gm = vmeanba_fx.transform(half, [x.to(dtype)], **({"sites": sites} if sites else {"k": 0}))
-            assert relative(gm(x.to(dtype)).float(), expected) < BOUND[dtype]
+            assert relative_error(gm(x.to(dtype)).float(), expected) < BOUND[dtype]

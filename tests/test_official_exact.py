@@ -10,7 +10,7 @@ import torch
 import vmeanba_fx
 from tests.helpers import make_scan_matter, relative_error
 from tests.official import load_official
-from tests.passes.test_exact_passes import EXACT, OURS, targets
+from tests.passes.cases import EXACT, OURS, targets
 from vmeanba_fx.errors import CaptureError
 
 BASE = {"depths": [1, 1], "dims": 12, "patch_size": 4, "in_chans": 3, "num_classes": 5, "imgsize": 32}

@@ -31,7 +31,6 @@ print(package)
 """
 
 
-
 def _can_build():
     try:
         importlib.metadata.version("pip")

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests import zoo
+from tests.helpers import relative_error
 from vmeanba_fx import sites as sites_module
 from vmeanba_fx.calibration.execute import Executor
 from vmeanba_fx.capturing.capture import capture
@@ -130,7 +131,7 @@ def effect_of_a_shift(model, case):
         before = op(tokens)
         op.call = shifted
         try:
-            return zoo.relative_error(op(tokens), before)
+            return relative_error(op(tokens), before)
         finally:
             op.call = None
 

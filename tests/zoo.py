@@ -224,12 +224,6 @@ def scan_inputs(
     return {name: t.to(dtype) for name, t in out.items()}
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Largest difference, relative to the largest expected value."""
-    found, expected = found.detach().double(), expected.detach().double()
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
 def without_scan(model: nn.Module, x: Tensor) -> Tensor:
     """Output of ``model`` with every scan deleted and its ``D*u`` kept: how much of the output is due to the scans."""
     saved = [(m, m.call) for m in scanners(model)]

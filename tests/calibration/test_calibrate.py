@@ -10,40 +10,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import vmeanba_fx
 from tests import zoo
-from tests.capturing.test_capture import InPlaceBlock
-from tests.capturing.test_capture_sources import AutocastBlock
+from tests.calibration.runs import LOADER, Killed, as_json, brute_force, interrupted, shuffled, together
+from tests.capturing.models import AutocastBlock, InPlaceBlock
 from vmeanba_fx import Batch, CalibrationError, PlanError, calibrate
 from vmeanba_fx.calibration.metrics import unpack
-
-LOADER = zoo.labelled(3, 4)
-
-
-@pytest.fixture(scope="module")
-def captured():
-    """A captured model with three live sites; ``calibrate`` takes it as it is and does not trace again."""
-    return vmeanba_fx.capture(zoo.live(3), zoo.images(4))
-
-
-def together(loader=LOADER):
-    return torch.cat([x for x, _ in loader]), torch.cat([y for _, y in loader])
-
-
-def brute_force(plan, metric, loader=LOADER):
-    """The metric with each site replaced in a graph of its own, on all samples at once; first that of no site."""
-    x, labels = together(loader)
-    out = []
-    with torch.no_grad():
-        base = plan.apply(0)(x)
-        for chosen in ([], *([s.name] for s in plan.sites)):
-            logits = plan.apply(sites=chosen)(x) if chosen else base
-            if metric == "accuracy":
-                out.append(float((logits.argmax(1) == labels).double().mean()))
-            elif metric == "loss":
-                out.append(float(F.cross_entropy(logits.double(), labels)))
-            else:
-                p, q = (F.log_softmax(t.double(), 1) for t in (base, logits))
-                out.append(float((p.exp() * (p - q)).sum(1).mean()))
-    return out
 
 
 @pytest.mark.parametrize("mean", ["direction", "all", "input"])
@@ -178,14 +148,6 @@ def test_unpack_refuses_what_it_cannot_tell():
 # -- the same every time ----------------------------------------------------------------------------------------------
 
 
-def shuffled():
-    return DataLoader(TensorDataset(*together()), batch_size=4, shuffle=True)
-
-
-def as_json(plan):
-    return json.dumps(plan.to_dict(), sort_keys=True)
-
-
 def test_same_seed_same_plan(captured, monkeypatch):
     """Byte for byte, with a shuffling loader, and the caller's random numbers go on as if nothing had happened."""
     torch.manual_seed(11)
@@ -202,17 +164,6 @@ def test_same_seed_same_plan(captured, monkeypatch):
 def test_a_fresh_capture_gives_the_same_plan():
     plans = [as_json(calibrate(zoo.live(2), LOADER, metric="loss")) for _ in range(2)]
     assert plans[0] == plans[1]
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the package catches it."""
-
-
-def interrupted(loader, after):
-    for i, batch in enumerate(loader):
-        if i == after:
-            raise Killed
-        yield batch
 
 
 def test_a_killed_calibration_resumes(captured, tmp_path):

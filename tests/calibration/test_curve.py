@@ -7,7 +7,7 @@ import torch
 
 import vmeanba_fx
 from tests import zoo
-from tests.calibration.test_calibrate import Killed, as_json, brute_force, captured, interrupted, shuffled  # noqa: F401
+from tests.calibration.runs import Killed, as_json, shuffled
 from tests.redundant import loader, redundant
 from vmeanba_fx import CalibrationError, Plan, PlanError, calibrate
 
@@ -104,7 +104,7 @@ MODES = [{"greedy": True}, {"score": "both"}, {"score": "gradient", "greedy": Tr
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
-def test_a_killed_calibration_resumes_to_the_same_plan(captured, tmp_path, monkeypatch, mode):  # noqa: F811
+def test_a_killed_calibration_resumes_to_the_same_plan(captured, tmp_path, monkeypatch, mode):
     """Killed after every single write of the state, whatever the pass; a finished state scores nothing again."""
     options = {"metric": "loss", "seed": 5, "max_batches": 2} | mode
     expected = as_json(calibrate(captured, shuffled(), **options))
@@ -131,7 +131,7 @@ def test_a_killed_calibration_resumes_to_the_same_plan(captured, tmp_path, monke
     assert as_json(calibrate(captured, shuffled(), resume=path, **options)) == expected
 
 
-def test_state_of_other_options_is_not_used(captured, tmp_path):  # noqa: F811
+def test_state_of_other_options_is_not_used(captured, tmp_path):
     path = tmp_path / "state.json"
     calibrate(captured, LOADER, metric="loss", greedy=True, resume=path)
     for options in ({"greedy": True, "exclude": "blocks.0.op"}, {"greedy": True, "held_out": False}, {}):
@@ -139,7 +139,7 @@ def test_state_of_other_options_is_not_used(captured, tmp_path):  # noqa: F811
         assert as_json(found) == as_json(calibrate(captured, LOADER, metric="loss", **options))
 
 
-def test_one_value_for_the_only_batch_leaves_nothing_to_hold_out(captured):  # noqa: F811
+def test_one_value_for_the_only_batch_leaves_nothing_to_hold_out(captured):
     def mean(outputs, batch):
         return outputs.square().mean()
 
@@ -150,7 +150,7 @@ def test_one_value_for_the_only_batch_leaves_nothing_to_hold_out(captured):  # n
     assert calibrate(captured, LOADER[:2], metric=mean).curve.samples == 4
 
 
-def test_loaders_too_large_to_be_kept(captured, monkeypatch):  # noqa: F811
+def test_loaders_too_large_to_be_kept(captured, monkeypatch):
     expected = as_json(calibrate(captured, shuffled(), metric="loss"))
     monkeypatch.setattr("vmeanba_fx.calibration.batches._KEPT_BYTES", 100)
     assert as_json(calibrate(captured, shuffled(), metric="loss")) == expected  # read again, shuffled as before
@@ -168,7 +168,7 @@ def test_loaders_too_large_to_be_kept(captured, monkeypatch):  # noqa: F811
         calibrate(captured, Changing(), metric="loss")
 
 
-def test_64_images_give_a_usable_plan(captured):  # noqa: F811
+def test_64_images_give_a_usable_plan(captured):
     plan = calibrate(captured, zoo.labelled(4, 16), metric="loss")
     assert plan.samples == 64 and plan.curve.samples == 32 and len(plan.curve.margins) == 3
     for i, (low, high) in enumerate(plan.intervals):
@@ -182,7 +182,7 @@ def test_64_images_give_a_usable_plan(captured):  # noqa: F811
     }  # fmt: skip
 
 
-def test_costs_are_printed_before_scoring(captured, capsys):  # noqa: F811
+def test_costs_are_printed_before_scoring(captured, capsys):
     calibrate(captured, LOADER, metric="loss", greedy=True, progress=True)
     err = capsys.readouterr().err
     rows = {line.split()[0]: line.split() for line in err.splitlines() if line.startswith(("measured", "gradient", "greedy"))}

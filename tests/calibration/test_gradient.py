@@ -6,8 +6,8 @@ from torch import nn
 
 import vmeanba_fx
 from tests import zoo
-from tests.capturing.test_capture import InPlaceBlock
-from tests.capturing.test_capture_sources import AutocastBlock
+from tests.capturing.models import AutocastBlock, InPlaceBlock
+from tests.helpers import relative_error
 from tests.redundant import loader, redundant
 from vmeanba_fx import CalibrationError, calibrate
 from vmeanba_fx.calibration.gates import Gated, branch_of
@@ -85,7 +85,7 @@ def test_gates_sit_where_the_branch_joins_the_stream():
     with torch.no_grad():
         replaced, _ = runner.base(0, batch).replaced([0])
         torch.testing.assert_close(gated(torch.ones(4, 1, dtype=torch.float64), batch), replaced)
-        assert zoo.relative_error(gated(torch.zeros(4, 1, dtype=torch.float64), batch), replaced) > 1e-3
+        assert relative_error(gated(torch.zeros(4, 1, dtype=torch.float64), batch), replaced) > 1e-3
 
 
 def test_gates_do_not_mix_images():

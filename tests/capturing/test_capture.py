@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from tests import zoo
-from tests.helpers import agrees
+from tests.capturing.models import InPlaceBlock, StaticBatch, StaticSize
+from tests.helpers import agrees, relative_error
 from vmeanba_fx.capturing.capture import capture, capture_info
 from vmeanba_fx.errors import CaptureError
 from vmeanba_fx.graph import mutates, scan_nodes
@@ -27,7 +27,7 @@ def test_the_scans_of_the_zoo_matter():
     for model in (zoo.tiny(), zoo.live()):
         with torch.no_grad():
             expected = model(zoo.images())
-        assert zoo.relative_error(zoo.without_scan(model, zoo.images()), expected) > 0.1
+        assert relative_error(zoo.without_scan(model, zoo.images()), expected) > 0.1
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
@@ -68,22 +68,6 @@ def test_dynamic_size():
     assert {dim for _, dim in capture_info(gm).dynamic} == {0, 2, 3}
     for batch, height, width in [(1, 12, 20), (2, 8, 8), (5, 16, 24), (1, 13, 22)]:
         assert agrees(gm, model, torch.randn(batch, 3, height, width))
-
-
-class StaticBatch(zoo.TinyNet):
-    """Reads its batch size as a number, as MambaVision does."""
-
-    def forward(self, x):
-        return super().forward(x).reshape(int(x.shape[0]), -1)
-
-
-class StaticSize(zoo.TinyNet):
-    """Checks its image size, as Vim does."""
-
-    def forward(self, x):
-        if x.shape[2] != zoo.HEIGHT or x.shape[3] != zoo.WIDTH:
-            raise ValueError("wrong image size")
-        return super().forward(x)
 
 
 def as_class(cls, model):
@@ -240,13 +224,6 @@ def test_capture_of_a_capture_is_a_copy(captured):
 
 
 # -- in-place operators ----------------------------------------------------------------------------------------------
-
-
-class InPlaceBlock(zoo.Block):
-    def forward(self, x):
-        x = x.clone()
-        x += self.op(self.norm(x))
-        return F.relu_(x)
 
 
 def in_place_net():

@@ -6,6 +6,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests import zoo
+from tests.capturing.models import AutocastBlock
 from tests.helpers import agrees
 from tests.zoo import vmamba_scan_fn
 from vmeanba_fx.capturing.capture import capture
@@ -95,13 +96,6 @@ def test_exported_program_without_our_op_is_refused():
     program = torch.export.export(Unrolled(), (torch.randn(2, 3),))
     with pytest.raises(CaptureError, match=r"holds no vmeanba_fx op.*capture\(\) on the nn.Module"):
         capture(program)
-
-
-class AutocastBlock(zoo.Block):
-    def forward(self, x):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = self.op(self.norm(x))
-        return x + y.float()
 
 
 def autocast_net():

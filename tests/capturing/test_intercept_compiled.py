@@ -75,7 +75,6 @@ def test_scans_that_could_not_be_imported_are_supplied(call):
     torch.testing.assert_close(found, EXPECTED, rtol=1e-5, atol=1e-5)
 
 
-
 # -- whole captures --------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 import vmeanba_fx
 from tests import zoo
+from tests.helpers import relative_error
 from vmeanba_fx import ExportError, PlanError, SiteError, calibrate, export, load
 
 HAS_ONNX = all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime")))
@@ -60,7 +61,7 @@ def test_pt2_gives_back_module_report_and_plan(form, tmp_path):
     assert written.bytes == path.stat().st_size and list(tmp_path.iterdir()) == [path]
     found = load(path)
     for batch in (1, 2, 5):
-        assert zoo.relative_error(found(images(batch)), outputs(gm, images(batch))) < 1e-5
+        assert relative_error(found(images(batch)), outputs(gm, images(batch))) < 1e-5
     assert found.report == vmeanba_fx.report(gm) == vmeanba_fx.report(found.module)
     assert str(found.report) == str(vmeanba_fx.report(gm))
     assert found.plan == planned()[0]
@@ -76,7 +77,7 @@ def test_a_loaded_module_goes_on(tmp_path):
     export(module, images(2), tmp_path / "two.pt2")
     again = load(tmp_path / "two.pt2")
     assert again.plan == planned()[0] and again.report == vmeanba_fx.report(result("one"))
-    assert zoo.relative_error(again(images(3)), outputs(result("one"), images(3))) < 1e-5
+    assert relative_error(again(images(3)), outputs(result("one"), images(3))) < 1e-5
 
 
 def test_models_that_were_not_captured(tmp_path):
@@ -84,7 +85,7 @@ def test_models_that_were_not_captured(tmp_path):
     export(model, zoo.images(2), tmp_path / "model.pt2")
     found = load(tmp_path / "model.pt2")
     assert found.report is None and found.plan is None
-    assert zoo.relative_error(found(zoo.images(4)), outputs(model, zoo.images(4))) < 1e-5
+    assert relative_error(found(zoo.images(4)), outputs(model, zoo.images(4))) < 1e-5
     with pytest.raises(ExportError, match="example_inputs are needed"):
         export(model, None, tmp_path / "model.pt2")
 
@@ -116,7 +117,7 @@ def test_keyword_inputs_and_several_outputs(tmp_path):
     gm = vmeanba_fx.capture(Two(), (), inputs)
     export(gm, inputs, tmp_path / "model.pt2")
     found, expected = load(tmp_path / "model.pt2")(**inputs), gm(**inputs)
-    assert all(zoo.relative_error(found[k], expected[k]) < 1e-5 for k in ("sum", "left"))
+    assert all(relative_error(found[k], expected[k]) < 1e-5 for k in ("sum", "left"))
     for wrong in (zoo.images(2), {"left": zoo.images(2)}, {"left": zoo.images(2), "right": 3}):
         with pytest.raises(ExportError, match="example inputs are"):
             export(gm, wrong, tmp_path / "other.pt2")
@@ -188,7 +189,7 @@ def test_onnx_of_long_scans(tmp_path):
         session = onnxruntime.InferenceSession(path)
         for batch in (x[:1], x):
             [y] = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
-            assert zoo.relative_error(torch.from_numpy(y), OneScan()(batch)) < 1e-4
+            assert relative_error(torch.from_numpy(y), OneScan()(batch)) < 1e-4
     assert found[0] == found[1]
 
 
@@ -206,7 +207,7 @@ def test_onnx(form, tmp_path):
     session = onnxruntime.InferenceSession(path)
     for batch in (1, 4):
         [found] = session.run(None, {session.get_inputs()[0].name: images(batch).numpy()})
-        assert zoo.relative_error(torch.from_numpy(found), outputs(gm, images(batch))) < 1e-4
+        assert relative_error(torch.from_numpy(found), outputs(gm, images(batch))) < 1e-4
 
 
 @needs_onnx
@@ -262,7 +263,7 @@ def test_aoti_in_python(package):
     path, gm = package
     module = torch._inductor.aoti_load_package(str(path))
     for batch in (1, 5):
-        assert zoo.relative_error(module(images(batch)), outputs(gm, images(batch))) < 1e-5
+        assert relative_error(module(images(batch)), outputs(gm, images(batch))) < 1e-5
     assert json.loads(module.get_metadata()["vmeanba_fx.report.json"])["chosen"] == []
     with pytest.raises(ExportError, match="AOTInductor package, which is machine code"):
         load(path)
@@ -286,7 +287,7 @@ def test_aoti_in_a_process_without_python(package, tmp_path):
     assert said.returncode == 0, said.stderr
     assert "no Python" in said.stdout
     found = torch.frombuffer(bytearray((tmp_path / "y").read_bytes()), dtype=torch.float32).view(3, -1)
-    assert zoo.relative_error(found, outputs(gm, x)) < 1e-5
+    assert relative_error(found, outputs(gm, x)) < 1e-5
 
 
 # -- what goes wrong --------------------------------------------------------------------------------------------------

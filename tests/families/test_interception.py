@@ -14,6 +14,7 @@ import vmeanba_fx
 from tests import zoo
 from tests.capturing.interception import DELTA, EXPECTED, SHORT, A, B, C, Caller, Recorder, U, own_scan
 from tests.families.models import build
+from tests.helpers import relative_error
 from tests.zoo import vmamba_scan_fn
 from vmeanba_fx.capturing.codeswap import CodeSwap
 from vmeanba_fx.capturing.confinement import on_the_cpu
@@ -124,7 +125,7 @@ def test_the_model_runs_in_another_thread_while_it_is_captured(name):
 
     def forward():
         with torch.no_grad():
-            assert zoo.relative_error(model(x), expected) < 1e-6
+            assert relative_error(model(x), expected) < 1e-6
 
     hammer(forward, lambda: vmeanba_fx.capture(model, x))
 
@@ -145,7 +146,7 @@ def test_two_threads():
     def bystander():
         while not stop.is_set():
             with torch.no_grad():
-                if any(zoo.relative_error(m(x), y) > 1e-5 for m, y in zip(models, expected, strict=True)):
+                if any(relative_error(m(x), y) > 1e-5 for m, y in zip(models, expected, strict=True)):
                     errors.append(AssertionError("a capture in another thread changed the model's output"))
 
     code = vmamba_scan_fn.__code__
@@ -213,13 +214,13 @@ def test_models_of_other_threads_are_not_traced_along(other):
 
     def forward():
         with torch.no_grad():
-            assert zoo.relative_error(running(x), expected) < 1e-6
+            assert relative_error(running(x), expected) < 1e-6
 
     def captures():
         for _ in range(2):
             gm = vmeanba_fx.capture(model, x)
             assert len({site.name for site in vmeanba_fx.find_sites(gm)}) == 8
-            assert zoo.relative_error(gm(x), own) < 1e-5
+            assert relative_error(gm(x), own) < 1e-5
 
     call, patch, flag = nn.Module.__call__, _symbolic_trace._Patcher.patch_method, torch.compiler.is_compiling.__code__
     hammer(forward, captures)

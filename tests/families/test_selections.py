@@ -6,6 +6,7 @@ from torch import nn
 
 import vmeanba_fx
 from tests import zoo
+from tests.helpers import relative_error
 from tests.paper_block import paper_block
 from vmeanba_fx.capturing.capture import capture_info
 
@@ -63,8 +64,8 @@ def test_counts_that_the_trace_does_not_know():
         for scanner in zoo.scanners(model):
             scanner.call = lambda u, delta, A, B, C, D, bias: paper_block(u, delta, A, B, C, D, None, bias, True)
         for batch, expected in outputs.items():
-            assert zoo.relative_error(exact(zoo.images(batch)), expected) <= 1e-5
-            assert zoo.relative_error(lossy(zoo.images(batch)), model(zoo.images(batch))) <= 1e-5
+            assert relative_error(exact(zoo.images(batch)), expected) <= 1e-5
+            assert relative_error(lossy(zoo.images(batch)), model(zoo.images(batch))) <= 1e-5
 
 
 def test_a_scan_of_as_many_images_as_the_data_say_is_refused():
@@ -75,7 +76,7 @@ def test_a_scan_of_as_many_images_as_the_data_say_is_refused():
     assert sites.refused == [("blocks.0.op.mixer", "its batch depends on the data")]
     exact = vmeanba_fx.transform(gm, zoo.labelled(), k=0)
     with torch.no_grad():
-        assert zoo.relative_error(exact(x), model(x)) <= 1e-5
+        assert relative_error(exact(x), model(x)) <= 1e-5
 
 
 def test_attention_without_dropout_draws_nothing():

@@ -7,6 +7,7 @@ from torch import nn
 
 import vmeanba_fx
 from tests import zoo
+from tests.helpers import relative_error
 from tests.paper_block import paper_block
 from vmeanba_fx.capturing.registry import find_spec, parameter_names
 
@@ -156,9 +157,9 @@ def test_signature(name):
     with torch.no_grad():
         for batch in (1, 2, 5):
             images = zoo.images(batch)
-            assert zoo.relative_error(exact(images), model(images)) <= 1e-5
-            assert zoo.relative_error(lossy(images), replaced(images)) <= 1e-5
-        assert zoo.relative_error(lossy(x), model(x)) > 0.01
+            assert relative_error(exact(images), model(images)) <= 1e-5
+            assert relative_error(lossy(images), replaced(images)) <= 1e-5
+        assert relative_error(lossy(x), model(x)) > 0.01
 
 
 def test_heads_wider_than_one_channel():
@@ -184,7 +185,7 @@ def test_heads_wider_than_one_channel():
     (site,) = vmeanba_fx.find_sites(gm)
     assert (site.groups, site.channels, site.state) == (2, 3, 4) and site.skip and site.gate
     with torch.no_grad():
-        assert zoo.relative_error(gm(x), model(x)) <= 1e-5
+        assert relative_error(gm(x), model(x)) <= 1e-5
 
 
 def given_state(x, dt, A, B, C, initial_state):
@@ -221,7 +222,7 @@ def test_refused_with_a_sentence_and_the_rest_works(name):
     assert [s.name for s in sites] == ["blocks.0.op"]
     assert [where for where, _ in sites.refused] == ["blocks.1.op"] and why in sites.refused[0][1]
     with torch.no_grad():
-        assert zoo.relative_error(vmeanba_fx.transform(gm, [x], k=0)(x), model(x)) <= 1e-5
+        assert relative_error(vmeanba_fx.transform(gm, [x], k=0)(x), model(x)) <= 1e-5
 
 
 def test_parts_by_name_need_a_proof():

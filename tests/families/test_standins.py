@@ -11,6 +11,7 @@ from torch import nn
 
 import vmeanba_fx
 from tests import zoo
+from tests.helpers import relative_error
 from vmeanba_fx.capturing.discovery import discover
 from vmeanba_fx.capturing.intercept import intercept
 from vmeanba_fx.capturing.standins import causal_convolution, convolution_pybind
@@ -94,7 +95,7 @@ def test_a_fused_path_of_compiled_code_is_captured():
     with torch.no_grad():
         for batch in (1, 2, 5):
             images = torch.randn(batch, 9, 6, generator=torch.Generator().manual_seed(batch))
-            assert zoo.relative_error(exact(images), plain(images)) <= 1e-5
+            assert relative_error(exact(images), plain(images)) <= 1e-5
     assert causal_conv1d_cuda is None and "selective_scan_cuda" not in globals()
 
 

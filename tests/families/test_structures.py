@@ -7,6 +7,7 @@ from torch import nn
 import vmeanba_fx
 from tests import zoo
 from tests.families.models import STRUCTURES, build
+from tests.helpers import relative_error
 from tests.paper_block import paper_block
 
 
@@ -19,7 +20,7 @@ def paper(u, delta, A, B, C, D, bias):
 def test_structure(name):
     model, x = build(name), zoo.images(3)
     with torch.no_grad():
-        assert zoo.relative_error(zoo.without_scan(model, x), model(x)) > 0.1
+        assert relative_error(zoo.without_scan(model, x), model(x)) > 0.1
     gm = vmeanba_fx.capture(model, x)
     sites = vmeanba_fx.find_sites(gm)
     per_block = 4 if name == "one call per direction" else 1
@@ -31,9 +32,9 @@ def test_structure(name):
     with torch.no_grad():
         for batch in (1, 2, 5):
             images = zoo.images(batch)
-            assert zoo.relative_error(exact(images), model(images)) <= 1e-5
-            assert zoo.relative_error(lossy(images), replaced(images)) <= 1e-5
-        assert zoo.relative_error(lossy(x), model(x)) > 0.01  # it did something
+            assert relative_error(exact(images), model(images)) <= 1e-5
+            assert relative_error(lossy(images), replaced(images)) <= 1e-5
+        assert relative_error(lossy(x), model(x)) > 0.01  # it did something
 
 
 @pytest.mark.parametrize("name", ["8 directions", "local windows", "strided", "one call per direction"])
@@ -44,7 +45,7 @@ def test_layer_norm_behind_any_walk_annihilates(name):
     assert all(site.annihilated for site in sites)
     replaced = vmeanba_fx.transform(gm, [x], k=len(sites))
     with torch.no_grad():
-        assert zoo.relative_error(replaced(x), build(name, after=nn.LayerNorm(6), depth=1, call=paper)(x)) <= 1e-5
+        assert relative_error(replaced(x), build(name, after=nn.LayerNorm(6), depth=1, call=paper)(x)) <= 1e-5
     assert not any("scan" in str(node.target) for node in replaced.graph.nodes)
 
 

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import vmeanba_fx
 from tests import zoo
+from tests.helpers import relative_error
 
 X = zoo.images(3)
 Output = collections.namedtuple("Output", "logits extra")
@@ -114,7 +115,7 @@ def test_surroundings(name):
     sites = vmeanba_fx.find_sites(gm)
     assert len(sites) == 1 and not sites.refused and not sites[0].annihilated
     with torch.no_grad():
-        assert zoo.relative_error(vmeanba_fx.transform(gm, [X], k=0)(X), expected) <= 1e-5
+        assert relative_error(vmeanba_fx.transform(gm, [X], k=0)(X), expected) <= 1e-5
 
 
 def test_a_dictionary_in_and_a_dictionary_out():

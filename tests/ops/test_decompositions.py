@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.helpers import relative_error
 from tests.ops import problems
 from vmeanba_fx import ops
 from vmeanba_fx.ops import decompositions, naive
@@ -31,10 +32,6 @@ def arguments(name, length, dtype=torch.float64, table=False):
 SCANS = ["selective_scan", "linear_scan", "shared_scan", "shared_scan2d", "ss2d", "broadcast_add"]
 
 
-def relative(found, expected):
-    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
-
-
 def test_every_op_has_a_decomposition():
     """But for the gradients, which no exported program holds."""
     defined = {
@@ -51,10 +48,10 @@ def test_every_op_has_a_decomposition():
 def test_float64_equals_the_reference(name, length):
     given = arguments(name, length)
     expected = getattr(naive, name)(**given)
-    assert relative(getattr(decompositions, name)(**given), expected) < 1e-13
+    assert relative_error(getattr(decompositions, name)(**given), expected) < 1e-13
     if "directions" in given:
         given = arguments(name, length, table=True)
-        assert relative(getattr(decompositions, name)(**given), getattr(naive, name)(**given)) < 1e-13
+        assert relative_error(getattr(decompositions, name)(**given), getattr(naive, name)(**given)) < 1e-13
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -62,7 +59,7 @@ def test_float64_equals_the_reference(name, length):
 def test_loops_equal_the_reference(name, length):
     """The two ways in which the other ops use a form; those are run as programs below."""
     given = arguments(name, length)
-    assert relative(getattr(decompositions, name)(**given, form=looped), getattr(naive, name)(**given)) < 1e-13
+    assert relative_error(getattr(decompositions, name)(**given, form=looped), getattr(naive, name)(**given)) < 1e-13
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -71,7 +68,7 @@ def test_other_dtypes(name, dtype):
     given = arguments(name, 33, dtype)
     found, expected = getattr(decompositions, name)(**given), getattr(ops, name)(**given)
     assert found.dtype == expected.dtype and found.shape == expected.shape
-    assert relative(found, expected) < (1e-6 if dtype == torch.float32 else 1e-2)
+    assert relative_error(found, expected) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.parametrize("form", [unrolled, looped])
@@ -80,11 +77,11 @@ def test_decays_that_are_zero_or_grow(form):
     given = problems.linear_scan(1, 1, 1, 2, 1000)
     given["a"][..., ::7] = 0
     given["a"][..., 300:320] = 1.5
-    assert relative(decompositions.linear_scan(**given, form=form), naive.linear_scan(**given)) < 1e-13
+    assert relative_error(decompositions.linear_scan(**given, form=form), naive.linear_scan(**given)) < 1e-13
     given = problems.selective_scan(1, 1, 2, 2, 1000, dtype=torch.float32, full=False)
     given["delta"] += 300.0  # every decay underflows, and so does any product of them
     found = decompositions.selective_scan(**given, form=form)
-    assert found.isfinite().all() and relative(found, naive.selective_scan(**given)) < 1e-6
+    assert found.isfinite().all() and relative_error(found, naive.selective_scan(**given)) < 1e-6
 
 
 class Calls(nn.Module):
@@ -118,7 +115,7 @@ def test_programs_hold_no_op_of_ours(name, form):
     assert not [n for n in lowered.graph.nodes if "vmeanba_fx" in str(n.target)]
     one = tuple(t[:1] if b else t for t, b in zip(module.inputs, batched, strict=True))
     for inputs in (module.inputs, one):
-        assert relative(lowered.module()(*inputs), module(*inputs)) < 1e-13
+        assert relative_error(lowered.module()(*inputs), module(*inputs)) < 1e-13
 
 
 def count(form, length):

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import vmeanba_fx
-from tests.passes.test_exact_passes import planned, relative, targets
+from tests.helpers import relative_error
+from tests.passes.cases import planned, targets
 from vmeanba_fx.graph import aten, value
 
 
@@ -25,8 +26,8 @@ def test_close_to_float32_and_to_autocast(name, dtype):
                 autocast = gm(x)
         assert found.dtype == autocast.dtype == dtype
         bound = 0.02 if dtype == torch.float16 else 0.12
-        assert relative(found.float(), exact) < bound
-        assert relative(found.float(), autocast.float()) < bound
+        assert relative_error(found.float(), exact) < bound
+        assert relative_error(found.float(), autocast.float()) < bound
         assert "bake_autocast (lossy)" in str(vmeanba_fx.report(baked))
         assert gm(x[:1]).dtype == torch.float32, "the graph it was made from must stay as it was"
 
@@ -68,7 +69,7 @@ def test_a_half_norm_that_products_alone_read_stays_half():
     norms = [value(n).dtype for n in gm.graph.nodes if n.target is aten.layer_norm.default]
     assert norms == [torch.float32, torch.float16, torch.float32]
     with torch.no_grad():
-        assert relative(gm(x).float(), model(x)) < 0.02
+        assert relative_error(gm(x).float(), model(x)) < 0.02
     assert targets(gm).count(aten.to.dtype) <= 3
 
 

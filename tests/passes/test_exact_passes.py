@@ -1,6 +1,5 @@
 """The exact passes change no result, leave nothing of what they claim to remove, and leave near misses alone."""
 
-import functools
 import sys
 
 import pytest
@@ -12,54 +11,12 @@ from torch import nn
 
 import vmeanba_fx
 from tests import zoo
-from tests.helpers import make_scan_matter
+from tests.helpers import relative_error
+from tests.passes.cases import BOUND, EXACT, OURS, VARIANTS, Walks, planned, targets
 from vmeanba_fx.analysis.cross_scan import find_cross_scan
 from vmeanba_fx.analysis.evaluate import Unprovable, evaluate
 from vmeanba_fx.graph import NOT_FUSED, aten, scan_nodes
-from vmeanba_fx.models import VSSM
 from vmeanba_fx.ops.directions import direction_table
-
-EXACT = ("drop_annihilated", "merge_skips", "fuse_ss2d", "join_scans", "fuse_shared", "fuse_means", "channels_last",
-         "flatten_positions", "cleanup")  # fmt: skip
-BOUND = {torch.float32: 1e-5, torch.float64: 1e-12}
-OURS = torch.ops.vmeanba_fx
-COMMON = {"depths": [1, 1], "dims": 12, "patch_size": 4, "in_chans": 3, "num_classes": 5, "imgsize": 32}
-V05 = {
-    "ssm_d_state": 1, "ssm_ratio": 1.0, "ssm_conv_bias": False, "mlp_ratio": 2.0, "norm_layer": "ln2d",
-    "downsample_version": "v3", "patchembed_version": "v2",
-}  # fmt: skip
-V0 = {
-    "ssm_d_state": 4, "ssm_ratio": 2.0, "mlp_ratio": 0.0, "norm_layer": "ln", "downsample_version": "v1",
-    "patchembed_version": "v1", "forward_type": "v0",
-}  # fmt: skip
-VARIANTS = {
-    "v05_noz": V05 | {"forward_type": "v05_noz"},
-    "v05": V05 | {"forward_type": "v05", "ssm_d_state": 3, "ssm_ratio": 2.0},
-    "v05_noz, channels last": V05 | {"forward_type": "v05_noz", "norm_layer": "ln"},
-    "v05_onnone": V05 | {"forward_type": "v05_onnone_noz"},
-    "v05_ondwconv3": V05 | {"forward_type": "v05_ondwconv3_noz"},
-    "v05_onsoftmax": V05 | {"forward_type": "v05_onsoftmax_noz"},
-    "unidi": V05 | {"forward_type": "v051d_noz"},
-    "bidi": V05 | {"forward_type": "v052d_noz"},
-    "v0": V0,
-}
-
-
-def targets(gm) -> list:
-    return [n.target for n in gm.graph.nodes if n.op == "call_function"]
-
-
-def relative(a, b) -> float:
-    return float((a - b).abs().max() / b.abs().max())
-
-
-@functools.cache
-def planned(name: str, dtype: torch.dtype):
-    """(plan, images) of an own VMamba at an odd size; captured once."""
-    height, width = (28, 44) if name != "v0" else (32, 64)
-    model = make_scan_matter(VSSM(**COMMON, **VARIANTS[name])).eval().to(dtype)
-    x = torch.randn(3, 3, height, width, generator=torch.Generator().manual_seed(0)).to(dtype)
-    return vmeanba_fx.calibrate(model, [x], score_sites=False), x
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
@@ -72,12 +29,12 @@ def test_exact_on_every_kind_of_vmamba(name, dtype):
     with torch.no_grad():
         kept = plan.apply(0, skip_passes=EXACT)(x)
         replaced = plan.apply(n, skip_passes=EXACT)(x)
-        assert relative(replaced, kept) > 0.02, "the scans do not matter here, so equality would prove nothing"
-        assert relative(plan.apply(0)(x), kept) < BOUND[dtype]
-        assert relative(plan.apply(n)(x), replaced) < BOUND[dtype]
+        assert relative_error(replaced, kept) > 0.02, "the scans do not matter here, so equality would prove nothing"
+        assert relative_error(plan.apply(0)(x), kept) < BOUND[dtype]
+        assert relative_error(plan.apply(n)(x), replaced) < BOUND[dtype]
         mixed = plan.choose(sites=plan.sites[0].name)
         literal = plan.apply(sites=mixed, skip_passes=EXACT)(x)
-        assert relative(plan.apply(sites=mixed)(x), literal) < BOUND[dtype]
+        assert relative_error(plan.apply(sites=mixed)(x), literal) < BOUND[dtype]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -109,9 +66,9 @@ def test_stack_and_flip_cross_scans(directions, state):
     gm = vmeanba_fx.transform(model, [x], k=0)
     assert targets(gm).count(OURS.ss2d.default) == 2
     with torch.no_grad():
-        assert relative(zoo.without_scan(model, x), model(x)) > 0.02
-        assert relative(gm(x), model(x)) < 1e-12
-        assert relative(gm(x[:1]), model(x[:1])) < 1e-12
+        assert relative_error(zoo.without_scan(model, x), model(x)) > 0.02
+        assert relative_error(gm(x), model(x)) < 1e-12
+        assert relative_error(gm(x[:1]), model(x[:1])) < 1e-12
 
 
 def walk(x, code):
@@ -126,47 +83,6 @@ def walk(x, code):
         h, w = (minor, major) if code & 1 else (major, minor)
         steps.append(x[:, :, h, w])
     return torch.stack(steps, dim=-1)
-
-
-class Walks(nn.Module):
-    """Two directions given by index tables, merged by their inverses; the tables are buffers."""
-
-    def __init__(self, tables: torch.Tensor, channels: int, state: int, last: bool = False) -> None:
-        super().__init__()
-        directions, length = tables.shape
-        self.last, self.rank, self.state = last, 2, state
-        self.register_buffer("tables", tables)
-        self.register_buffer("inverse", torch.argsort(tables, dim=1))
-        g = torch.Generator().manual_seed(directions * length)
-
-        def normal(*shape):
-            return nn.Parameter(torch.randn(*shape, generator=g))
-
-        self.x_proj = normal(directions, self.rank + 2 * state, channels)
-        self.dt_proj = normal(directions, channels, self.rank)
-        self.bias, self.A_log = normal(directions * channels), normal(directions * channels, state)
-        self.D = normal(directions * channels)
-
-    def split(self, u):
-        features = torch.einsum("bkdl,kcd->bkcl", u, self.x_proj)
-        return features.split([self.rank, self.state, self.state], dim=2)
-
-    def steps(self, dt):
-        return torch.einsum("bkrl,kdr->bkdl", dt, self.dt_proj).flatten(1, 2)
-
-    def merge(self, y):
-        return sum(y[:, k][:, :, self.inverse[k]] for k in range(len(self.tables)))
-
-    def forward(self, x):
-        x = F.silu(x)
-        flat = x.flatten(1, 2).transpose(1, 2) if self.last else x.flatten(2)
-        u = torch.stack([flat[:, :, table] for table in self.tables], dim=1)
-        dt, B, C = self.split(u)
-        delta = self.steps(dt)
-        y = zoo.selective_scan_fn(
-            u.flatten(1, 2), delta, -self.A_log.exp(), B, C, self.D, None, self.bias, delta_softplus=True
-        )
-        return self.merge(y.unflatten(1, (len(self.tables), -1)))
 
 
 def fused(model, x):
@@ -191,7 +107,7 @@ def test_any_shape_and_any_directions(height, width, channels, state, codes, las
     found = direction_table(list(node.args[6]), height, width)
     assert torch.equal(found, tables), "the codes it found walk another way"
     with torch.no_grad():
-        assert relative(gm(x), model(x)) < 1e-12
+        assert relative_error(gm(x), model(x)) < 1e-12
 
 
 def test_direction_codes_mean_what_they_say():
@@ -210,7 +126,7 @@ def test_an_order_that_is_no_direction_becomes_a_table():
     [node] = [n for n in gm.graph.nodes if n.target is OURS.ss2d.default]
     assert list(node.args[6]) == [] and node.args[7] is not None
     with torch.no_grad():
-        assert relative(gm(x), model(x)) < 1e-12
+        assert relative_error(gm(x), model(x)) < 1e-12
 
 
 def test_a_bias_in_the_projection_and_one_in_the_call():
@@ -223,7 +139,7 @@ def test_a_bias_in_the_projection_and_one_in_the_call():
     gm, reasons = fused(model, x)
     assert not reasons and OURS.ss2d.default in targets(gm)
     with torch.no_grad():
-        assert relative(gm(x), model(x)) < 1e-12
+        assert relative_error(gm(x), model(x)) < 1e-12
 
 
 # Near misses: each differs from the pattern in one thing, must stay unfused, and must still be right.
@@ -288,7 +204,7 @@ def test_near_misses_stay(kind):
     assert reasons and all(reasons), "a graph that is not the pattern was rewritten"
     assert OURS.ss2d.default not in targets(gm)
     with torch.no_grad():
-        assert relative(gm(x), model(x)) < 1e-12
+        assert relative_error(gm(x), model(x)) < 1e-12
 
 
 def test_mean_of_two_maps_is_refused():
@@ -306,7 +222,7 @@ def test_mean_of_two_maps_is_refused():
     gm, reasons = fused(model, x)
     assert reasons
     with torch.no_grad():
-        assert relative(gm(x), model(x)) < 1e-12
+        assert relative_error(gm(x), model(x)) < 1e-12
 
 
 def test_evaluate_refuses_what_depends_on_the_input():
@@ -330,9 +246,9 @@ def test_lossless_export_and_compile():
     with torch.no_grad():
         expected = gm(x)
         program = torch.export.export(gm, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
-        assert relative(program.module()(x[:1]), expected[:1]) < 1e-5
+        assert relative_error(program.module()(x[:1]), expected[:1]) < 1e-5
         compiled = torch.compile(gm, fullgraph=True, backend="aot_eager")
-        assert relative(compiled(x), expected) < 1e-5
+        assert relative_error(compiled(x), expected) < 1e-5
 
 
 def test_convolutions_have_their_weights_in_the_layout_of_their_maps():

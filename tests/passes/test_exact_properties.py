@@ -8,7 +8,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import vmeanba_fx
-from tests.passes.test_exact_passes import EXACT, OURS, Walks, relative, targets
+from tests.helpers import relative_error
+from tests.passes.cases import EXACT, OURS, Walks, targets
 from vmeanba_fx.ops.directions import direction_table
 
 TAILS = {
@@ -44,9 +45,9 @@ def test_exact_around_every_tail(height, width, channels, state, codes, tail, me
     plan = vmeanba_fx.calibrate(model, [x], score_sites=False, mean=mean)
     kept, replaced = plan.apply(0), plan.apply(1)
     with torch.no_grad():
-        assert relative(kept(x), model(x)) < 1e-12
+        assert relative_error(kept(x), model(x)) < 1e-12
         literal = plan.apply(1, skip_passes=EXACT)(x)
-        assert relative(replaced(x), literal) < 1e-11
+        assert relative_error(replaced(x), literal) < 1e-11
     annihilated = tail in ("LayerNorm over the channels",) and channels > 1
     scans = (OURS.linear_scan.default, OURS.shared_scan2d.default, OURS.shared_scan.default)
     assert any(t in scans for t in targets(replaced)) is not annihilated
@@ -64,4 +65,4 @@ def test_an_observer_hook_keeps_its_scan():
     assert seen and vmeanba_fx.report(gm).unfused
     assert OURS.linear_scan.default in targets(plan.apply(1)), "its reader still gets the block's own numbers"
     with torch.no_grad():
-        assert relative(gm(x), model(x)) < 1e-12
+        assert relative_error(gm(x), model(x)) < 1e-12

@@ -6,7 +6,8 @@ from torch import nn
 
 import vmeanba_fx
 from passes import flatten_positions
-from tests.passes.test_exact_passes import planned, relative
+from tests.helpers import relative_error
+from tests.passes.cases import planned
 from vmeanba_fx.graph import aten, value
 
 MAPS = (aten.linear.default, aten.layer_norm.default, aten.add.Tensor, aten.gelu.default)
@@ -37,8 +38,8 @@ def test_exact_and_only_where_positions_are_alike():
     x = torch.randn(3, 4, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     gm = flatten_positions(vmeanba_fx.capture(model, x))
     with torch.no_grad():
-        assert relative(gm(x), model(x)) < 1e-14
-        assert relative(gm(x[:1]), model(x[:1])) < 1e-14
+        assert relative_error(gm(x), model(x)) < 1e-14
+        assert relative_error(gm(x[:1]), model(x[:1])) < 1e-14
     assert dims(gm, aten.linear.default) == [3, 3]
     assert dims(gm, aten.gelu.default) == [3]
     assert dims(gm, aten.layer_norm.default) == [3, 4], "a norm over width and channels is none over the channels"

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from vmeanba_fx.passes import fuse_means, fuse_shared
 
 import vmeanba_fx
-from tests.helpers import make_scan_matter
-from tests.passes.test_exact_passes import COMMON, EXACT, OURS, VARIANTS, Walks, relative, targets
+from tests.helpers import make_scan_matter, relative_error
+from tests.passes.cases import COMMON, EXACT, OURS, VARIANTS, Walks, targets
 from vmeanba_fx.graph import NOT_FUSED, aten
 from vmeanba_fx.models import VSSM
 from vmeanba_fx.ops.directions import direction_table
@@ -67,7 +67,7 @@ def test_any_shape_rank_and_directions(height, width, channels, state, r, codes,
     assert targets(gm).count(OURS.shared_scan2d.default) == 1
     assert not {OURS.shared_scan.default, aten.stack.default, aten.einsum.default} & set(targets(gm))
     with torch.no_grad():
-        assert relative(gm(x), model(x)) < 1e-12
+        assert relative_error(gm(x), model(x)) < 1e-12
 
 
 class GatedReadOut(RankWalks):
@@ -103,7 +103,7 @@ def test_near_misses_stay(kind):
     assert reasons and all(reasons)
     assert targets(gm) == targets(before)
     with torch.no_grad():
-        assert relative(gm(x), model(x)) < 1e-12
+        assert relative_error(gm(x), model(x)) < 1e-12
 
 
 @functools.cache
@@ -127,9 +127,9 @@ def test_live_sites_of_vmamba(name, mean, dtype):
     assert not gone & set(targets(gm)), "parts of the cross scan or of its projections are left"
     with torch.no_grad():
         literal = plan.apply(n, skip_passes=EXACT)
-        assert relative(gm(x), literal(x)) < (1e-5 if dtype == torch.float32 else 1e-12)
-        assert relative(gm(x[:1]), literal(x[:1])) < (1e-5 if dtype == torch.float32 else 1e-12)
-        assert relative(plan.apply(0)(x), literal(x)) > 0.02, "the replaced scans make no difference here"
+        assert relative_error(gm(x), literal(x)) < (1e-5 if dtype == torch.float32 else 1e-12)
+        assert relative_error(gm(x[:1]), literal(x[:1])) < (1e-5 if dtype == torch.float32 else 1e-12)
+        assert relative_error(plan.apply(0)(x), literal(x)) > 0.02, "the replaced scans make no difference here"
 
 
 def scaled_read_out(scan):
@@ -161,7 +161,7 @@ def test_blocks_that_were_changed_stay(change, why):
         fuse_means(gm)
         gm.recompile()
         assert [why in n.meta.get(NOT_FUSED, "") for n in scans] == [True] + [False] * (len(scans) - 1)
-        assert relative(gm(x), expected) < 1e-12
+        assert relative_error(gm(x), expected) < 1e-12
 
 
 def test_report_says_why_a_site_was_not_fused():
@@ -186,4 +186,4 @@ def test_rank_sites_of_vmamba(name):
     gm, literal = plan.apply(n), plan.apply(n, skip_passes=EXACT)
     assert targets(gm).count(OURS.shared_scan2d.default) == n and OURS.shared_scan.default not in targets(gm)
     with torch.no_grad():
-        assert relative(gm(x), literal(x)) < 1e-5
+        assert relative_error(gm(x), literal(x)) < 1e-5

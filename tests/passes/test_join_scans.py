@@ -5,7 +5,8 @@ import torch
 
 import vmeanba_fx
 from tests import zoo
-from tests.passes.test_exact_passes import EXACT, OURS, relative, targets
+from tests.helpers import relative_error
+from tests.passes.cases import EXACT, OURS, targets
 
 
 def one_by_one(u, delta, A, B, C, D, bias, after=lambda y: y):
@@ -42,9 +43,9 @@ def test_joined_and_exact(directions):
     assert OURS.selective_scan.default not in targets(gm)
     assert not vmeanba_fx.report(gm).unfused
     with torch.no_grad():
-        assert relative(zoo.without_scan(model, x), model(x)) > 0.02
+        assert relative_error(zoo.without_scan(model, x), model(x)) > 0.02
         for batch in (x, x[:1]):
-            assert relative(gm(batch), model(batch)) < 1e-12
+            assert relative_error(gm(batch), model(batch)) < 1e-12
 
 
 def test_beside_a_replaced_direction_the_others_stay_calls():
@@ -54,7 +55,7 @@ def test_beside_a_replaced_direction_the_others_stay_calls():
     x = zoo.images(3, dtype=torch.float64)
     assert targets(gm).count(OURS.selective_scan.default) == 3
     with torch.no_grad():
-        assert relative(gm(x), literal(x)) < 1e-12
+        assert relative_error(gm(x), literal(x)) < 1e-12
 
 
 @pytest.mark.parametrize("call", [gated, chained])
@@ -65,4 +66,4 @@ def test_near_misses_stay(call):
     assert OURS.ss2d.default not in found
     assert len(vmeanba_fx.report(gm).unfused) == 2
     with torch.no_grad():
-        assert relative(gm(x), model(x)) < 1e-12
+        assert relative_error(gm(x), model(x)) < 1e-12

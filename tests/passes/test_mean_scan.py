@@ -8,6 +8,7 @@ from vmeanba_fx.passes.mean_scan import BROADCAST, mean_scan_tensors
 
 import vmeanba_fx
 from tests import zoo
+from tests.helpers import relative_error
 from tests.paper_block import paper_block
 from vmeanba_fx.capturing.capture import capture
 from vmeanba_fx.errors import SiteError
@@ -71,7 +72,7 @@ def test_block_equals_the_papers(dtype, directions, state, mean):
         given = (a["u"], delta, a["A"], a["B"], a["C"])
         found = mean_scan_tensors(mean, *given, bias, softplus, None)
         expected = paper_block(*given, None, None, bias, softplus, mean=mean)
-        assert found.dtype == dtype and zoo.relative_error(found, expected) <= BOUND[dtype]
+        assert found.dtype == dtype and relative_error(found, expected) <= BOUND[dtype]
 
 
 def test_the_block_is_not_the_scan():
@@ -81,8 +82,8 @@ def test_the_block_is_not_the_scan():
     exact, _ = zoo.loop_scan(*given)
     blocks = [paper_block(*given, mean=mean) for mean in MEANS]
     for i, block in enumerate(blocks):
-        assert zoo.relative_error(block, exact) > 0.1
-        assert all(zoo.relative_error(block, other) > 0.01 for other in blocks[:i])
+        assert relative_error(block, exact) > 0.1
+        assert all(relative_error(block, other) > 0.01 for other in blocks[:i])
 
 
 @pytest.mark.parametrize("mean", MEANS)
@@ -93,7 +94,7 @@ def test_equal_channels_make_the_block_exact(mean):
     u, delta, A, bias = a["u"][:, rows], a["delta"][:, rows], a["A"][rows], a["delta_bias"][rows]
     found = mean_scan_tensors(mean, u, delta, A, a["B"], a["C"], bias, True, None)
     expected, _ = zoo.loop_scan(u, delta, A, a["B"], a["C"], None, None, bias, True)
-    assert zoo.relative_error(found, expected) <= 1e-12
+    assert relative_error(found, expected) <= 1e-12
 
 
 def test_half_precision_computes_in_float32():
@@ -101,7 +102,7 @@ def test_half_precision_computes_in_float32():
     given = (a["u"], a["delta"], a["A"].float(), a["B"], a["C"], a["delta_bias"].float(), True)
     wide = mean_scan_tensors("direction", *given, torch.float32)
     expected = paper_block(*(t.float() for t in given[:5]), None, None, given[5], True)
-    assert wide.dtype == torch.float32 and zoo.relative_error(wide, expected) <= 1e-5
+    assert wide.dtype == torch.float32 and relative_error(wide, expected) <= 1e-5
     narrow = mean_scan_tensors("direction", *given, None)
     assert torch.equal(narrow, wide.bfloat16())
 
@@ -120,8 +121,8 @@ def test_replaced_sites_compute_the_papers_block(captures, directions, state, dt
     for batch in (1, 2, 5):
         x = zoo.images(batch, seed=batch, dtype=dtype)
         expected = patched(model, mean, x)
-        assert zoo.relative_error(gm(x), expected) <= BOUND[dtype]
-        assert zoo.relative_error(model(x), expected) > 0.02
+        assert relative_error(gm(x), expected) <= BOUND[dtype]
+        assert relative_error(model(x), expected) > 0.02
 
 
 def test_one_site_of_two(captures):
@@ -131,9 +132,9 @@ def test_one_site_of_two(captures):
     for i in range(2):
         gm = mean_scan(copy_graph(captured), [f"blocks.{i}.op"])
         outputs.append(gm(x))
-        assert zoo.relative_error(outputs[i], patched(model, "direction", x, {i})) <= 1e-5
+        assert relative_error(outputs[i], patched(model, "direction", x, {i})) <= 1e-5
         assert [node.meta["vmeanba_fx.site"] for _, node in scan_nodes(gm)] == [f"blocks.{1 - i}.op"]
-    assert zoo.relative_error(outputs[0], outputs[1]) > 0.01
+    assert relative_error(outputs[0], outputs[1]) > 0.01
 
 
 @pytest.mark.parametrize("mean", MEANS)
@@ -184,7 +185,7 @@ def test_the_gate_stays_per_channel():
     gm = mean_scan(capture(model, x), ["blocks.0.op"])
     for op in zoo.scanners(model):
         op.call = lambda u, delta, A, B, C, D, bias: paper_block(u, delta, A, B, C, D, u.flip(1), bias, True)
-    assert zoo.relative_error(gm(x), model(x)) <= 1e-10
+    assert relative_error(gm(x), model(x)) <= 1e-10
 
 
 def test_a_step_without_softplus_or_bias():
@@ -198,7 +199,7 @@ def test_a_step_without_softplus_or_bias():
     gm = mean_scan(capture(model, x), ["blocks.0.op"])
     for op in zoo.scanners(model):
         op.call = lambda u, delta, A, B, C, D, bias: paper_block(u, delta.abs(), A, B, C, D, None, None, False)
-    assert zoo.relative_error(gm(x), model(x)) <= 1e-10
+    assert relative_error(gm(x), model(x)) <= 1e-10
 
 
 def test_output_dtype_of_the_call():
@@ -218,7 +219,7 @@ def test_output_dtype_of_the_call():
             return paper_block(u, delta, A, B, C, D, None, bias, True)
 
         op.call = reference
-    assert zoo.relative_error(gm(x), model(x)) <= 1e-5
+    assert relative_error(gm(x), model(x)) <= 1e-5
 
 
 def test_scan_inside_an_autocast_region():
@@ -234,8 +235,8 @@ def test_scan_inside_an_autocast_region():
     assert names_of(gm) == ["linear_scan"]
     before = model(x)
     after = patched(model, "direction", x)
-    assert zoo.relative_error(after, before) > 0.05
-    assert zoo.relative_error(gm(x), after) <= 0.02
+    assert relative_error(after, before) > 0.05
+    assert relative_error(gm(x), after) <= 0.02
 
 
 # -- what a LayerNorm annihilates -------------------------------------------------------------------------------------
@@ -248,9 +249,9 @@ def test_annihilated_sites_lose_their_scan(captures, mean):
     literal = mean_scan(copy_graph(captured), ["blocks.0.op", "blocks.1.op"], mean=mean)
     clean = drop_annihilated(copy_graph(literal))
     x = zoo.images(5, dtype=torch.float64)
-    assert zoo.relative_error(clean(x), literal(x)) <= 1e-12
-    assert zoo.relative_error(clean(x), zoo.without_scan(model, x)) <= 1e-12
-    assert zoo.relative_error(literal(x), patched(model, mean, x)) <= 1e-10
+    assert relative_error(clean(x), literal(x)) <= 1e-12
+    assert relative_error(clean(x), zoo.without_scan(model, x)) <= 1e-12
+    assert relative_error(literal(x), patched(model, mean, x)) <= 1e-10
     assert len(names_of(literal)) == 2 and names_of(clean) == []
     left = {name.rsplit(".", 1)[-1] for name, _ in clean.named_parameters()}
     assert "D" in left and not left & {"x_proj", "dt_proj", "dt_bias", "A_log"}

@@ -7,7 +7,8 @@ from torch import nn
 from vmeanba_fx.passes import pack_weights as pack_pass
 
 import vmeanba_fx
-from tests.passes.test_exact_passes import planned, relative, targets
+from tests.helpers import relative_error
+from tests.passes.cases import planned, targets
 from vmeanba_fx.graph import aten
 
 packed_ops = torch.ops.mkldnn
@@ -27,7 +28,7 @@ def test_same_outputs_on_vmamba(name):
         packed = vmeanba_fx.pack_weights(gm)
         with torch.no_grad():
             for images in (x, x[:1]):
-                assert relative(packed(images), gm(images)) < 1e-5
+                assert relative_error(packed(images), gm(images)) < 1e-5
         assert aten.linear.default in targets(gm), "the graph it was made from must stay as it was"
         assert not {aten.linear.default, aten.conv2d.default} & set(targets(packed))
         assert len(targets(packed)) < len(targets(gm))
@@ -42,7 +43,7 @@ def test_bfloat16():
     baked = vmeanba_fx.bake_autocast(gm, torch.bfloat16)
     with torch.no_grad():
         exact, packed = gm(x), vmeanba_fx.pack_weights(baked)(x)
-        assert relative(packed.float(), exact) < 2 * relative(baked(x).float(), exact) + 1e-3
+        assert relative_error(packed.float(), exact) < 2 * relative_error(baked(x).float(), exact) + 1e-3
 
 
 class Layers(nn.Module):
@@ -77,7 +78,7 @@ def test_what_is_fused_and_what_is_not():
     gm = vmeanba_fx.capture(model, x)
     packed = vmeanba_fx.pack_weights(gm)
     with torch.no_grad():
-        assert relative(packed(x), model(x)) < 1e-5
+        assert relative_error(packed(x), model(x)) < 1e-5
     found = targets(packed)
     linear = [n for n in packed.graph.nodes if n.target is packed_ops._linear_pointwise.default]
     assert [n.args[3:] for n in linear if n.args[3] != "none"] == [("gelu", [], "none"), ("gelu", [], "tanh")]
@@ -94,7 +95,7 @@ def test_float64_stays():
     packed = vmeanba_fx.pack_weights(gm)
     assert aten.linear.default in targets(packed)
     with torch.no_grad():
-        assert relative(packed(x), gm(x)) < 1e-12
+        assert relative_error(packed(x), gm(x)) < 1e-12
 
 
 def test_refusals(monkeypatch):

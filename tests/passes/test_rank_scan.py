@@ -11,6 +11,7 @@ from vmeanba_fx.passes.rank_scan import RANK
 
 import vmeanba_fx
 from tests import zoo
+from tests.helpers import relative_error
 from vmeanba_fx import CalibrationError, NoSitesError, Plan, PlanError, SiteError
 from vmeanba_fx.calibration.batches import Batches
 from vmeanba_fx.data import accuracy, load_digits_images, make_loader
@@ -60,7 +61,7 @@ def test_uniform_projections_are_the_mean_of_the_inputs(softplus, bias):
     given = (a["u"], delta, a["A"], a["B"], a["C"], a["delta_bias"] if bias else None, softplus, None)
     ones = torch.ones(2, 5, 1, dtype=torch.float64)
     fit = RankFit(ones.transpose(1, 2) / 5, ones, ones[..., 0] / 5, None, None, 0.0, 0)
-    assert zoo.relative_error(rank_scan_tensors(fit, *given), mean_scan_tensors("input", *given)) < 1e-12
+    assert relative_error(rank_scan_tensors(fit, *given), mean_scan_tensors("input", *given)) < 1e-12
 
 
 def test_the_fitted_constants_are_added():
@@ -79,7 +80,7 @@ def test_equal_decays_and_full_rank_are_the_scan_itself():
     fit = RankFit(eye, eye, torch.full((2, 4), 0.25, dtype=torch.float64), None, None, 1.0, 0)
     found = rank_scan_tensors(fit, a["u"], delta, A, a["B"], a["C"], bias, True, None)
     expected, _ = zoo.loop_scan(a["u"], delta, A, a["B"], a["C"], None, None, bias, True)
-    assert zoo.relative_error(found, expected) < 1e-12
+    assert relative_error(found, expected) < 1e-12
 
 
 @pytest.mark.parametrize("dtype", BOUND)
@@ -103,7 +104,7 @@ def test_the_graph_computes_the_block(rank, dtype):
         with torch.no_grad():
             found, expected = rewritten(x), model(x)
         model.blocks[0].op.call = None
-        assert zoo.relative_error(found, expected) < BOUND[dtype]
+        assert relative_error(found, expected) < BOUND[dtype]
 
 
 def test_unknown_sites_and_sub_graphs_are_refused(captured):

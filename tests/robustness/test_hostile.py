@@ -19,6 +19,7 @@ import torch
 
 import vmeanba_fx
 from tests import zoo
+from tests.helpers import relative_error
 from vmeanba_fx import ExportError, PlanError, load
 from vmeanba_fx.models import VSSM
 from vmeanba_fx.models.checkpoints import CheckpointError, load_checkpoint
@@ -85,7 +86,7 @@ def test_the_file_itself_is_fine(good, tmp_path):
     (tmp_path / "good.pt2").write_bytes(packed(records(good[0])))
     x = zoo.images(3)
     with torch.no_grad():
-        assert zoo.relative_error(load(tmp_path / "good.pt2")(x), good[1](x)) < 1e-5
+        assert relative_error(load(tmp_path / "good.pt2")(x), good[1](x)) < 1e-5
 
 
 # -- code -------------------------------------------------------------------------------------------------------------

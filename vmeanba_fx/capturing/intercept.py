@@ -40,6 +40,7 @@ Emit = Callable[[ScanCall], Any]
 
 log = logging.getLogger(__name__)
 
+
 def _bind(
     parameters: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], name: str
 ) -> inspect.BoundArguments:
