@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--metric", choices=["accuracy", "loss", "kl"], default="loss", help="default: loss")
     parser.add_argument("--mean", choices=["direction", "all", "input"], default="direction", help="which mean")
     parser.add_argument("--rank", type=int, help="scan so many fitted channels per direction instead of a mean")
-    parser.add_argument("--refit", choices=["site", "all"], help="refit the layer behind each site, or all later ones too")
+    parser.add_argument("--refit", choices=["sites", "all"], help="refit the layer behind each site, or all later ones too")
     parser.add_argument("--calibration-images", type=int, default=1000, metavar="N", help="default: 1000")
     parser.add_argument("--test-images", type=int, default=2000, metavar="N", help="default: 2000")
     parser.add_argument("--device", default="cpu")
@@ -46,7 +46,7 @@ def main() -> None:
     model.eval().to(args.device)
 
     how = {"mean": args.mean} if args.rank is None else {"reduce": "rank", "rank": args.rank}
-    refit = "all" if args.refit == "all" else args.refit is not None
+    refit = args.refit or False
     plan = vmeanba_fx.calibrate(model, train, metric=args.metric, **how)
     print(plan, end="\n\n")
     print(curve(plan, model, test, refit), end="\n\n")

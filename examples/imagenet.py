@@ -83,7 +83,7 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     p.add_argument("--weights", type=Path, required=True, help="official checkpoint")
     p.add_argument("-k", type=int, nargs="+", help="numbers of sites to replace (default: 0, a quarter, half, all)")
     p.add_argument("--rank", type=int, metavar="R", help="scan R fitted channels in each direction instead of the mean")
-    p.add_argument("--refit", choices=("next", "all"), help="refit the layer behind each replaced scan, or later ones as well")
+    p.add_argument("--refit", choices=("sites", "all"), help="refit the layer behind each replaced scan, or later ones as well")
     p.add_argument("--calibration-images", type=int, default=1000, metavar="N")
     p.add_argument("--test-images", type=int, metavar="N", help="a random choice of them (default: all)")
     p.add_argument("--batch", type=int, default=64)
@@ -111,7 +111,7 @@ def curve(plan: vmeanba_fx.Plan, model: torch.nn.Module, measure, what: str, arg
     base = measure(model)
     rows = [["original", f"{base:.2f}", ""]]
     for k in args.k if args.k is not None else sorted({0, n // 4, n // 2, n}):
-        found = measure(plan.apply(k, refit={None: False, "next": True, "all": "all"}[args.refit]))
+        found = measure(plan.apply(k, refit=args.refit or False))
         rows.append([f"k = {k}", f"{found:.2f}", f"{found - base:+.2f}"])
     return tabulate(rows, ["sites replaced", f"{what}, %", "change"], disable_numparse=True)
 

@@ -1,6 +1,6 @@
 """A trained VMamba, scored, rewritten, measured and exported. Needs no GPU and takes about a minute on two cores.
 
-python examples/quickstart.py
+    python examples/quickstart.py
 """
 
 import argparse

@@ -29,11 +29,11 @@ import torch
 from torch import Tensor, fx
 
 from vmeanba_fx.analysis.cross_scan import CrossScan, Projections, find_cross_scan, find_merge, find_projections
-from vmeanba_fx.analysis.evaluate import Unprovable, evaluate, fuse_each
+from vmeanba_fx.analysis.evaluate import Unprovable, evaluate
 from vmeanba_fx.graph import SITE, Emitter, aten, calls_of, value
 from vmeanba_fx.ops.directions import inverse_table
 
-from .fused_site import add_skip, channel_first, feature_maps, make_buffer, read_out, restore_shape
+from .fused_site import add_skip, channel_first, feature_maps, fuse_each, make_buffer, read_out, restore_shape
 from .mean_scan import BLOCK
 
 NAME = "fuse_means"

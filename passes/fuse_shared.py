@@ -27,10 +27,19 @@ import torch
 from torch import Tensor, fx
 
 from vmeanba_fx.analysis.cross_scan import CrossScan, find_cross_scan, find_merge, find_pointwise, find_read_out
-from vmeanba_fx.analysis.evaluate import Unprovable, evaluate, fuse_each, is_parameter_only
+from vmeanba_fx.analysis.evaluate import Unprovable, evaluate, is_parameter_only
 from vmeanba_fx.graph import SITE, Emitter, arguments, aten, calls_of, value
 
-from .fused_site import add_skip, channel_first, feature_maps, follow_weights, make_buffer, read_out, restore_shape
+from .fused_site import (
+    add_skip,
+    channel_first,
+    feature_maps,
+    follow_weights,
+    fuse_each,
+    make_buffer,
+    read_out,
+    restore_shape,
+)
 
 NAME = "fuse_shared"
 _SHARED = torch.ops.vmeanba_fx.shared_scan.default

@@ -1,16 +1,38 @@
-"""Nodes that the passes which fuse a site put around it: the map it reads, its features and weights, the map it writes.
+"""What the passes that fuse sites share: a site that is not provably the pattern stays, and the nodes around one that is.
 
-No pass by itself; what all of :mod:`fuse_ss2d`, :mod:`fuse_shared`, :mod:`fuse_means` and :mod:`merge_skips` emit.
+No pass by itself; :mod:`fuse_ss2d`, :mod:`fuse_shared`, :mod:`fuse_means` and :mod:`merge_skips` are made of it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, fx
 
 from vmeanba_fx.analysis.cross_scan import CrossScan, Merge
 from vmeanba_fx.analysis.evaluate import Unprovable, is_parameter_only
-from vmeanba_fx.graph import Emitter, aten, value
+from vmeanba_fx.graph import NOT_FUSED, Emitter, aten, remove_dead_code, value
+
+
+def fuse_each(
+    gm: fx.GraphModule,
+    scans: Iterable[tuple[fx.GraphModule, fx.Node]],
+    fuse: Callable[[fx.GraphModule, fx.Node], None],
+) -> fx.GraphModule:
+    """``fuse(gm, scan)`` for each (owner, scan), and what is dead then goes. Returns ``gm``.
+
+    What ``fuse`` cannot prove it leaves alone by raising :class:`Unprovable`; the scan's ``meta`` then says why.
+    """
+    for owner, scan in scans:
+        try:
+            if owner is not gm:
+                raise Unprovable("it lies inside an autocast or checkpoint region")
+            fuse(gm, scan)
+        except Unprovable as reason:
+            scan.meta[NOT_FUSED] = str(reason)
+    remove_dead_code(gm)
+    return gm
 
 
 def channel_first(emit: Emitter, cross: CrossScan) -> fx.Node:

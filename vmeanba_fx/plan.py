@@ -211,9 +211,9 @@ class Plan:
         """A new ``GraphModule`` with the chosen sites replaced (see :meth:`choose`). Plan and model stay as they are.
 
         Args:
-            refit: True gives the layer that reads each replaced site out new weights, fitted to the original model's
-                values on the calibration data (see :mod:`vmeanba_fx.passes.refit`); ``"all"`` also every later layer that
-                writes into a residual sum, and the last one. No cost at run time.
+            refit: True, or ``"sites"``, gives the layer that reads each replaced site out new weights, fitted to the original
+                model's values on the calibration data (see :mod:`vmeanba_fx.passes.refit`); ``"all"`` also every later
+                layer that writes into a residual sum, and the last one. No cost at run time.
             model: where the plan was loaded from a file, the model to rewrite. Its graph and weights must be those
                 the plan was made from.
             calib_loader: calibration batches for ``refit`` and for ``reduce="rank"``, where the plan was loaded from a
@@ -261,14 +261,14 @@ class Plan:
         self, gm: fx.GraphModule, chosen: list[str], refit: Refit, loader: Iterable[Any] | None
     ) -> list[Pass]:
         """The lossy steps that need calibration data."""
-        if refit not in (False, True, "all"):
-            raise PlanError(f"refit={refit!r}: give True, False or 'all'")
+        if refit not in (False, True, "sites", "all"):
+            raise PlanError(f"refit={refit!r}: give False, True (the same as 'sites') or 'all'")
         data = self.data if loader is None else Batches(loader, None, None, self.fingerprint.seed)
         ranked = self.reduction.kind == "rank"
         if data is None:
             raise PlanError(
-                f"{'refit=True' if refit else 'reduce=rank'} is fitted to calibration data, which a plan loaded from a "
-                "file does not hold: plan.apply(..., calib_loader=loader)"
+                f"{f'refit={refit!r}' if refit else 'a rank-r scan'} is fitted to calibration data, which a plan loaded from "
+                "a file does not hold: plan.apply(..., calib_loader=loader)"
             )
         steps = [Pass("mean_scan", partial(mean_scan, sites=chosen, mean=self.mean), exact=False)]
         if ranked:

@@ -80,7 +80,10 @@ def find_cross_scan(u: fx.Node, groups: int) -> CrossScan:
     shape = shape_of(source, rows.batch)[1:]
     count = channels * length
     if _numel(shape) != count:
-        raise Unprovable(f"{source.name} has {_numel(shape)} elements per image where one direction of u has {count}")
+        raise Unprovable(
+            f"what it scans is no copy of a map: {source.name} behind it has {_numel(shape)} elements per image, a direction "
+            f"of the scan {count}"
+        )
     index = torch.arange(count, dtype=torch.float64, device=rows.device).reshape(1, *shape)
     [found] = evaluate([u], {source: index.repeat(rows.batch, *[1] * len(shape))}, rows.batch)
     if not bool(torch.isfinite(found).all()):

@@ -7,7 +7,7 @@ stays as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -15,7 +15,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from ..graph import NOT_FUSED, aten, remove_dead_code, value
+from ..graph import aten, value
 from .regions import IDENTITY
 
 _EMPTY = {
@@ -26,26 +26,6 @@ _VIEWS = {aten.view.default, aten._unsafe_view.default}
 
 class Unprovable(Exception):
     """The region cannot be evaluated on its own; the message says why."""
-
-
-def fuse_each(
-    gm: fx.GraphModule,
-    scans: Iterable[tuple[fx.GraphModule, fx.Node]],
-    fuse: Callable[[fx.GraphModule, fx.Node], None],
-) -> fx.GraphModule:
-    """``fuse(gm, scan)`` for each (owner, scan), and what is dead then goes. Returns ``gm``.
-
-    What ``fuse`` cannot prove it leaves alone by raising :class:`Unprovable`; the scan's ``meta`` then says why.
-    """
-    for owner, scan in scans:
-        try:
-            if owner is not gm:
-                raise Unprovable("it lies inside an autocast or checkpoint region")
-            fuse(gm, scan)
-        except Unprovable as reason:
-            scan.meta[NOT_FUSED] = str(reason)
-    remove_dead_code(gm)
-    return gm
 
 
 def batch_symbols(graph: fx.Graph) -> frozenset[Any]:

@@ -69,7 +69,7 @@ def apply(args: argparse.Namespace) -> Outcome:
         choice["k"] = 0
     if args.plan is None and args.calibration is not None:
         raise CommandError("--calibration goes with --plan: without a plan, --data is what everything is fitted to")
-    refit = {None: False, "sites": True, "all": "all"}[args.refit]
+    refit = args.refit or False
     if args.plan is not None:
         _refuse_scoring_options(args)
         plan = Plan.load(args.plan)

@@ -29,7 +29,8 @@ from ..passes.refit import Readout, find_readout, find_stream, is_pointwise_line
 from ..sites import Site
 from .least_squares import Sums, halves_of, refit_linear
 
-Refit = bool | Literal["all"]
+Refit = bool | Literal["sites", "all"]
+"""Which layers get new weights: none, those that read replaced sites out (True, "sites"), or all later ones too."""
 
 REFIT = "vmeanba_fx.refit"
 """``gm.meta`` key of a list of :class:`Refitted`."""
