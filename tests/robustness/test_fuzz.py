@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import functools
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from unittest import mock
 
 import pytest
@@ -32,6 +32,7 @@ MEANS = ("direction", "all", "input")
 # as it is with its weights off by one rounding, whichever is more: a LayerNorm over a few channels blows up what comes in.
 MARGIN = 8
 seen: Counter[str] = Counter()
+closest: defaultdict[torch.dtype, float] = defaultdict(float)  # by dtype, the largest error as a share of what was granted
 _check_graph = manager.check_graph
 
 
@@ -105,9 +106,10 @@ def check(spec, data):
             for batch in (2, 1):
                 with torch.no_grad():
                     error = distance(gm(x[:batch]), wanted[:batch])
-                seen[f"{spec.dtype} {error / granted:.1f}"] += 1
                 assert error <= granted, f"after {name}: off by {error:.1e} where rounding is {granted:.1e}, {sites} {mean}"
+                closest[spec.dtype] = max(closest[spec.dtype], error / granted)
             seen["cases"] += 1
+            seen[name] += 1
 
         try:
             with mock.patch.object(manager, "check_graph", compare):
@@ -122,7 +124,7 @@ def check(spec, data):
 def test_rewritten_networks_are_right_or_refused():
     seen.clear()
     check()
-    print(dict(seen))
+    print(dict(seen), dict(closest))
     if not LONG:
         assert seen["cases"] >= CASES
     assert seen["network refused"] + seen["rewriting refused"] <= 0.02 * seen["cases"]
