@@ -170,6 +170,13 @@ def test_scores_that_are_not_finite_name_the_site(captured):
     with pytest.raises(CalibrationError, match=r"blocks.1.op: the metric 'bad_later' on batch 0 is not finite"):
         calibrate(captured, LOADER, metric=bad_later)
 
+    def other_later(outputs, batch, calls=[]):  # noqa: B006
+        calls.append(1)
+        return torch.zeros(1 if len(calls) == 3 else len(outputs))
+
+    with pytest.raises(CalibrationError, match="'other_later' gave 1 values where it gave 4 before"):
+        calibrate(captured, LOADER, metric=other_later)
+
 
 @pytest.mark.parametrize("metric, match", [
     ("f1", "unknown metric 'f1': use accuracy, loss, kl"),

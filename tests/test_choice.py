@@ -100,6 +100,9 @@ def test_a_greedy_order_is_followed(plan):
         greedy.choose(5)
     with pytest.raises(PlanError, match="measured with group_by=None: calibrate with group_by='module'"):
         greedy.choose(1, group_by="module")
+    judged = Curve(greedy.curve.order, False, base=1.0, values=(1.0,) * 4, margins=(0.0,) * 4, samples=4)
+    with pytest.raises(PlanError, match="measured with group_by=None: calibrate with group_by='module'"):
+        Plan(**vars(plan) | {"curve": judged}).choose(max_drop=1.0, group_by="module")
 
 
 def test_ranking_ties():

@@ -240,6 +240,23 @@ def test_in_place_operators_become_data_flow():
     assert agrees(gm, model, zoo.images(5))
 
 
+class EarlyView(zoo.TinyNet):
+    """Reads a view of a fresh tensor that was taken before the tensor is written to."""
+
+    def forward(self, x):
+        fresh = x.new_zeros(x.shape)
+        early = fresh[:, 0]
+        fresh[:, 0] = x[:, 1]
+        fresh[:, 1] = 2 * x[:, 2]
+        return super().forward(fresh + early.unsqueeze(1))
+
+
+def test_views_from_before_a_write_see_it():
+    model = as_class(EarlyView, zoo.tiny(1))
+    gm = capture(model, zoo.images(3))
+    assert agrees(gm, model, zoo.images(5))
+
+
 # -- bad input -------------------------------------------------------------------------------------------------------
 
 

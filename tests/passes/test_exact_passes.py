@@ -207,6 +207,34 @@ def test_near_misses_stay(kind):
         assert relative_error(gm(x), model(x)) < 1e-12
 
 
+class Convolved(Walks):
+    """Between 1x1 convolutions that are plain, grouped, strided and padded; some results are read by ``view``."""
+
+    def __init__(self, tables):
+        super().__init__(tables, 6, 2)
+        self.before = torch.nn.Conv2d(6, 6, 1)
+        options = ({}, {"groups": 3}, {"padding": 1}, {"stride": 2})
+        self.after = torch.nn.ModuleList(torch.nn.Conv2d(6, 6, 1, **given) for given in options)
+
+    def forward(self, x):
+        x = self.before(x)
+        y = super().forward(x.view(len(x), 6, -1).view(x.shape)).unflatten(2, (4, 4))
+        for conv in self.after:
+            y = torch.tanh(conv(y))
+        return y.view(len(y), -1)
+
+
+def test_convolutions_with_a_one_by_one_kernel_that_are_no_linear_layers():
+    model = Convolved(direction_table([0, 3], 4, 4)).double()
+    x = torch.randn(2, 6, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    gm, reasons = fused(model, x)
+    assert not reasons
+    convs = [n for n in gm.graph.nodes if n.target is aten.conv2d.default]
+    assert len(convs) == 3, "the grouped, the padded and the strided one"
+    with torch.no_grad():
+        assert relative(gm(x), model(x)) < 1e-12
+
+
 def test_mean_of_two_maps_is_refused():
     class TwoMaps(Walks):
         def forward(self, x):

@@ -142,7 +142,7 @@ CODE = {
     "size, attribute": (expression("Symbol('s77').__class__.__mro__"), "expression"),
     "size, power": (expression("9**9**9**9"), "expression"),
     "size, long": (expression("+".join(["1"] * 10**5)), "expression"),
-    "size, deep": (expression("-" * 3000 + "1"), "expression"),
+    "size, deep": (expression("-" * 3000 + "1"), "expression|cannot be loaded"),
     "guard": (guard("CODE"), "expression"),
     "guard, as a method": (guard("L['x'].size().__class__(CODE)"), "expression"),
     "guard that ends its string": (guard("L['x'].size()[0] != '\"), CODE, (\"'"), "expression"),

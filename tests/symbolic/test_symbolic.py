@@ -225,7 +225,7 @@ def test_graph_is_readable_and_usable():
     code = gm.code
     for text in ("scan_fn(", "vmeanba_fx_symbolic_check_guard(", 'getattr(self, "1")', "if (W % 2 != 0)", "'0"):
         assert text in code.replace("in 0,", "in '0',")
-    assert "symbolic_models.py" in gm.print_readable(print_output=False)
+    assert "symbolic/models.py" in gm.print_readable(print_output=False)
     gm.recompile()
     loaded = pickle.loads(pickle.dumps(gm))
     variants = [gm, copy.deepcopy(gm), loaded, torch.compile(gm, backend="eager")]
