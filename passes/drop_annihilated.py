@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from vmeanba_fx.analysis.regions import is_annihilated
+from vmeanba_fx.analysis.regions import is_annihilated, is_linear_in
 from vmeanba_fx.graph import Emitter, aten, graph_modules, remove_dead_code, value
 
 from .mean_scan import BROADCAST
@@ -35,26 +35,46 @@ SKIP = "vmeanba_fx.skip"
 
 def drop_annihilated(gm: fx.GraphModule) -> fx.GraphModule:
     """Rewrite ``gm`` in place and return it; broadcasts that are live stay."""
-    for owner in graph_modules(gm):
-        for node in list(owner.graph.nodes):
-            groups = node.meta.get(BROADCAST)
-            if groups is not None and is_annihilated(node, groups)[0]:
-                _drop(owner.graph, node)
+    dropped = [
+        (owner.graph, node)
+        for owner in graph_modules(gm)
+        for node in owner.graph.nodes
+        if (groups := node.meta.get(BROADCAST)) is not None and is_annihilated(node, groups)[0]
+    ]
+    for _, node in dropped:
+        _leave_out(node, node.meta[BROADCAST])
+    remove_dead_code(gm)
+    for graph, node in dropped:
+        if node.users:
+            _put_zeros(graph, node)
     remove_dead_code(gm)
     return gm
 
 
-def _drop(graph: fx.Graph, broadcast: fx.Node) -> None:
-    for user in list(broadcast.users):
-        other = _other_summand(user, broadcast)
+def _leave_out(zero: fx.Node, groups: int) -> None:
+    """Take ``zero``, whose value may as well be zero, out of the sums it flows into."""
+    for user in list(zero.users):
+        other = _other_summand(user, zero)
         if other is not None:
-            other.meta[SKIP] = broadcast.meta[BROADCAST]
+            other.meta[SKIP] = groups
             user.replace_all_uses_with(other)
-    if broadcast.users:
-        # No sum of equal shape to fold into: a zero of the same shape is as good, and still needs no scan.
-        emit = Emitter(graph, broadcast.next, NAME, like=broadcast)
+        elif is_linear_in(user, zero):
+            _leave_out(user, groups)
+
+
+def _put_zeros(graph: fx.Graph, broadcast: fx.Node) -> None:
+    """What has no sum to be left out of reads zeros, in the shape of the scan's input and not of its output."""
+    shape = value(broadcast).shape
+    before = {broadcast}
+    for node in reversed(list(graph.nodes)):
+        if node in before:
+            before.update(node.all_input_nodes)
+    source = next(n for n in graph.nodes if n in before and getattr(value(n), "shape", None) == shape)
+    if source is not broadcast:
         users = list(broadcast.users)
-        zeros = emit(aten.zeros_like.default, broadcast)
+        zeros = Emitter(graph, broadcast.next, NAME, like=broadcast)(
+            aten.zeros_like.default, source, dtype=value(broadcast).dtype
+        )
         for user in users:
             user.replace_input_with(broadcast, zeros)
 

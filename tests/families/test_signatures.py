@@ -162,6 +162,22 @@ def test_signature(name):
         assert relative_error(lossy(x), model(x)) > 0.01
 
 
+def test_a_layer_norm_absorbs_what_is_read_outside_of_the_call():
+    """C and D outside: between the scan and the sum in which it can be left out lies a product."""
+
+    def call(u, delta, A, B, C, D, bias):
+        return state_scan(u, delta, A, B, None, None, bias, True).squeeze(2) * C[:, 0] + D[:, None] * u
+
+    model, x = zoo.tiny(call=call, state=1, directions=1), zoo.images(3)
+    gm = vmeanba_fx.capture(model, x)
+    sites = vmeanba_fx.find_sites(gm)
+    assert [s.kind for s in sites] == ["annihilated"] * 2
+    replaced = vmeanba_fx.transform(gm, [x], k=2)
+    assert not any("scan" in str(node.target) for node in replaced.graph.nodes)
+    with torch.no_grad():
+        assert zoo.relative_error(replaced(x), zoo.without_scan(model, x)) <= 1e-5
+
+
 def test_heads_wider_than_one_channel():
     """Two heads of three channels, two groups: A, dt and D are shared inside a head."""
     g = torch.Generator().manual_seed(0)

@@ -88,6 +88,14 @@ def _is_linear(node: fx.Node, reached: set[fx.Node]) -> bool:
     return node.target in LINEAR
 
 
+def is_linear_in(node: fx.Node, start: fx.Node) -> bool:
+    """Whether ``node`` is a linear step from ``start`` alone, so that it is zero where ``start`` is."""
+    others = [n for n in node.all_input_nodes if n is not start and isinstance(value(n), Tensor)]
+    if node.target in PRODUCT:
+        return _is_linear(node, {start})
+    return _is_linear(node, {start}) and not any(value(n).dtype.is_floating_point for n in others)
+
+
 def _describe(node: fx.Node) -> str:
     if node.op == "output":
         return "the model's output"
