@@ -42,7 +42,7 @@ def drop_annihilated(gm: fx.GraphModule) -> fx.GraphModule:
         if (groups := node.meta.get(BROADCAST)) is not None and is_annihilated(node, groups)[0]
     ]
     for _, node in dropped:
-        _leave_out(node, node.meta[BROADCAST])
+        _leave_out(node)
     remove_dead_code(gm)
     for graph, node in dropped:
         if node.users:
@@ -51,15 +51,16 @@ def drop_annihilated(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def _leave_out(zero: fx.Node, groups: int) -> None:
+def _leave_out(zero: fx.Node) -> None:
     """Take ``zero``, whose value may as well be zero, out of the sums it flows into."""
     for user in list(zero.users):
         other = _other_summand(user, zero)
         if other is not None:
-            other.meta[SKIP] = groups
+            if BROADCAST in zero.meta:
+                other.meta[SKIP] = zero.meta[BROADCAST]
             user.replace_all_uses_with(other)
         elif is_linear_in(user, zero):
-            _leave_out(user, groups)
+            _leave_out(user)
 
 
 def _put_zeros(graph: fx.Graph, broadcast: fx.Node) -> None:

@@ -16,6 +16,10 @@ def paper(u, delta, A, B, C, D, bias):
     return paper_block(u, delta, A, B, C, D, None, bias, True)
 
 
+def without_skip(u, delta, A, B, C, D, bias):
+    return zoo.selective_scan_fn(u, delta, A, B, C, None, None, bias, True)
+
+
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_structure(name):
     model, x = build(name), zoo.images(3)
@@ -47,6 +51,19 @@ def test_layer_norm_behind_any_walk_annihilates(name):
     with torch.no_grad():
         assert relative_error(replaced(x), build(name, after=nn.LayerNorm(6), depth=1, call=paper)(x)) <= 1e-5
     assert not any("scan" in str(node.target) for node in replaced.graph.nodes)
+
+
+def test_scans_without_a_sum_to_be_left_out_of_read_zeros():
+    """No ``D*u``, and the merge writes into a buffer: what the LayerNorm absorbs is neither computed nor missed."""
+    model, x = build("strided", after=nn.LayerNorm(6), depth=1, call=without_skip), zoo.images(3)
+    gm = vmeanba_fx.capture(model, x)
+    assert [site.annihilated for site in vmeanba_fx.find_sites(gm)] == [True]
+    replaced = vmeanba_fx.transform(gm, [x], k=1)
+    assert not any("scan" in str(node.target) for node in replaced.graph.nodes)
+    expected = build("strided", after=nn.LayerNorm(6), depth=1, call=lambda u, *_: torch.zeros_like(u))
+    with torch.no_grad():
+        for batch in (1, 3):
+            assert zoo.relative_error(replaced(zoo.images(batch)), expected(zoo.images(batch))) <= 1e-5
 
 
 def test_the_callers_model_keeps_its_own_state():
