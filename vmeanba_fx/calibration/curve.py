@@ -162,16 +162,16 @@ class Walk:
                 return None, 0
             return BlockSums.from_dict(section["units"], int(section["columns"])), int(section["batches"])
 
-        units, done = self.saved.read(name, parse) or (None, 0)
+        sums, done = self.saved.read(name, parse) or (None, 0)
         for index, batch in self.batches.again(lambda i: half is None or total == 1 or i % 2 == half):
             if index < done:
                 continue
             values, weight = measure(index, batch)
             if half is not None:
                 values = half_of(index, values, weight, total)[half]
-            units = BlockSums(len(values)) if units is None else units
-            units.add(values, weight)
-            section = {"columns": units.columns, "batches": index + 1, "units": units.to_dict()}
+            sums = BlockSums(len(values)) if sums is None else sums
+            sums.add(values, weight)
+            section = {"columns": sums.columns, "batches": index + 1, "units": sums.to_dict()}
             self.saved.write(**{name: head | section})
-        assert units is not None
-        return units
+        assert sums is not None
+        return sums
