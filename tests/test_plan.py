@@ -130,7 +130,7 @@ def test_table(plan):
     assert all(word in text for word in (*NAMES, "live", "impact (loss)", "MFLOPs"))
     rows = {line.split()[0]: line.split() for line in plan.table(["blocks.1.op"]).splitlines() if "blocks" in line}
     assert rows["blocks.1.op"][-1] == "replaced" and rows["blocks.0.op"][-1] != "replaced"
-    assert rows["blocks.0.op"][6:8] == ["+0.30000", "3"] and rows["blocks.1.op"][6:8] == ["-0.10000", "0"]
+    assert rows["blocks.0.op"][6:8] == ["+0.30000", "4"] and rows["blocks.1.op"][6:8] == ["-0.10000", "1"]
     assert "replaced together in the order of their impacts on the other images, on 4 held-out samples" in text
     steps = [line.split() for line in text.splitlines() if "held-out" not in line and line.split()[0] in list("1234")]
     assert steps[1] == ["2", "blocks.3.op", "2.2", "+0.20000", "0.10000"]
