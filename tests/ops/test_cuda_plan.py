@@ -35,7 +35,10 @@ def test_what_the_shapes_of_vmamba_get():
     assert (wide.teams, wide.stages, wide.one_u, wide.bulk) == (4, 1, True, True), "all directions at once"
     assert not choose(problem(128, 56, 56, own_u=True), True, LIMIT, PROCESSORS).one_u
     deep = choose(problem(128, 56, 56, 16), True, LIMIT, PROCESSORS)
-    assert (deep.merge, deep.teams, deep.pair) == (True, 2, 2), "two states a step"
+    assert (deep.merge, deep.teams, deep.pair, deep.stages) == (True, 2, 1, 3)
+    assert choose(problem(128, 56, 56, 16, bulk=False), True, LIMIT, PROCESSORS).pair == 2, "two states a step"
     assert choose(problem(128, 56, 56, 16, half=False), True, LIMIT, PROCESSORS).pair == 1
+    ranks = choose(problem(128, 56, 56, 16, rank=4, merge=False, own_u=True), True, LIMIT, PROCESSORS)
+    assert (ranks.rank, ranks.stages) == (4, 2)
     few = choose(problem(16, 128, 128, 16), True, LIMIT, PROCESSORS)
     assert (few.merge, few.parts, few.pair) == (False, 2, 2), "128 blocks, each with half of the states of a direction"
