@@ -36,6 +36,7 @@ from .confinement import capturing, forget_sizes, on_the_cpu, one_at_a_time
 from .copies import device_of, move_to_device, private_copy
 from .discovery import Discovery
 from .emission import emit_scan, module_stack
+from .examples import batch_size, with_batch
 from .guards import drop_implied_bounds, drop_needless_guards, failed_guard
 from .intercept import Interception, intercept
 from .registry import ScanCall, is_scan
@@ -127,9 +128,9 @@ def capture(
         model = model._modules["_orig_mod"]
     device = device_of(model)
     cpu_args, cpu_kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().cpu(), (args, kwargs))
-    batch = _batch_size(cpu_args, cpu_kwargs)
+    batch = batch_size(cpu_args, cpu_kwargs)
     with capturing():
-        trace = _with_free_batch(model, *_with_batch(cpu_args, cpu_kwargs, batch, 2), dynamic_size)
+        trace = _with_free_batch(model, *with_batch(cpu_args, cpu_kwargs, batch, 2), dynamic_size)
         if trace is None:
             trace = _export(private_copy(model), cpu_args, cpu_kwargs, batch=None, dynamic_size=False)
             trace.notes.append(f"the model specialises its batch size: the graph runs for batch {batch} only")
@@ -182,9 +183,9 @@ def _with_free_batch(
         log.info("export with a dynamic batch failed (%s)", error)
         return None
     symbolic = any(dim == 0 for _, dim in _dynamic_dims(trace.gm))
-    if not symbolic or failed_guard(trace.gm, *_with_batch(args, kwargs, 2, 3)):
+    if not symbolic or failed_guard(trace.gm, *with_batch(args, kwargs, 2, 3)):
         return None
-    single = _with_batch(args, kwargs, 2, 1)
+    single = with_batch(args, kwargs, 2, 1)
     trace.gm, guard = drop_needless_guards(trace.program, trace.gm, trace.run, *single)
     if guard:
         trace.notes.append(f"the graph does not run for batch 1: it needs {guard}")
@@ -261,27 +262,6 @@ def _traced_paths(model: nn.Module) -> list[str]:
         return []
     calls = [node for node in model.graph.nodes if node.op == "call_function"]
     return [module_path(node) or node.name for node in calls if node.target in SCAN or is_scan(node.target)]
-
-
-def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    sizes = [t.shape[0] for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() > 0]
-    if not sizes:
-        raise CaptureError("no example input with a batch dimension: give at least one tensor")
-    if sizes[0] == 0:
-        raise CaptureError("the example input has batch size 0")
-    return sizes[0]
-
-
-def _with_batch(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, wanted: int) -> Any:
-    """The example inputs at batch ``wanted``: the first rows, repeated where there are too few."""
-
-    def resize(t: Tensor) -> Tensor:
-        if t.dim() == 0 or t.shape[0] != batch:
-            return t
-        rows = torch.arange(wanted) % batch
-        return t[rows].clone()
-
-    return pytree.tree_map_only(Tensor, resize, (args, kwargs))
 
 
 def _export(

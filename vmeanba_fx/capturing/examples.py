@@ -1,0 +1,33 @@
+"""The example inputs that a model is traced with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from ..errors import CaptureError
+
+
+def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The first size of the first tensor."""
+    sizes = [t.shape[0] for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() > 0]
+    if not sizes:
+        raise CaptureError("no example input with a batch dimension: give at least one tensor")
+    if sizes[0] == 0:
+        raise CaptureError("the example input has batch size 0")
+    return sizes[0]
+
+
+def with_batch(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, wanted: int) -> Any:
+    """The example inputs at batch ``wanted``: the first rows, repeated where there are too few."""
+
+    def resize(t: Tensor) -> Tensor:
+        if t.dim() == 0 or t.shape[0] != batch:
+            return t
+        rows = torch.arange(wanted) % batch
+        return t[rows].clone()
+
+    return pytree.tree_map_only(Tensor, resize, (args, kwargs))
