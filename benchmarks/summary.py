@@ -24,8 +24,9 @@ MODES = {
 MODES |= {f"{mode}, CUDA graph": f"{title}, replayed as a CUDA graph" for mode, title in MODES.items()}
 SHARES = {"k=0": 0, "k=n/4": 0.25, "k=n/2": 0.5, "k=n": 1}
 HEAD = ("model", "precision", "batch", "official, ms", *SHARES, "peak MiB: official, k=0, k=n")
-ABOUT = """ms, and in brackets how many times as fast as the official model in the same mode; of compiled models also, how many
-times as fast as the official model eager. Batches that wait for the CPU's launches are summed up as CUDA graphs only.
+ABOUT = """ms, and in brackets how many times as fast as the official model in the same mode (without the option, if that was
+not measured); of compiled models also, how many times as fast as the official model eager. Batches that wait for the CPU
+are summed up as CUDA graphs only.
 """
 BOUND_BY_CPU = 32  # batches up to this
 Row = dict[str, str]
@@ -45,11 +46,14 @@ def main() -> None:
 def summary(rows: list[Row], mode: str) -> list[list[str]]:
     """A line for each model, precision and batch."""
     lines = []
-    eager = "eager, CUDA graph" if "graph" in mode else "eager"
+    default, eager = re.sub(", [a-z_]+=[^,]+", "", mode), "eager, CUDA graph" if "graph" in mode else "eager"
     for model, precision, batch in sorted({(r["model"], r["precision"], r["batch"]) for r in rows}, key=order):
         depth = max(replaced(r) for r in rows if r["model"] == model)
-        of, of_eager = ({replaced(r): r for r in rows if measured(r) == (model, precision, batch, m)} for m in (mode, eager))
-        if (official := of.get(-1)) and ("graph" in mode or int(batch) > BOUND_BY_CPU):
+        of, of_default, of_eager = (
+            {replaced(r): r for r in rows if measured(r) == (model, precision, batch, m)} for m in (mode, default, eager)
+        )
+        official = of.get(-1, of_default.get(-1))
+        if of and official and ("graph" in mode or int(batch) > BOUND_BY_CPU):
             than = [official] if mode == eager or -1 not in of_eager else [official, of_eager[-1]]
             ours = [of.get(round(share * depth)) for share in SHARES.values()]
             peaks = [row["peak MiB"] and f"{float(row['peak MiB']):.0f}" for row in (official, ours[0], ours[-1]) if row]
