@@ -68,7 +68,7 @@ def calibrate(
 
     Args:
         model: any model :func:`vmeanba_fx.capture` takes; it is not changed.
-        loader: batches of inputs, with or without labels (see :func:`vmeanba_fx.metrics.unpack`).
+        loader: batches of inputs, with or without labels (see :func:`.metrics.unpack`).
         metric: ``"accuracy"``, ``"loss"``, ``"kl"``, all three of class scores (batch, classes, ...), or
             ``callable(outputs, batch) -> float tensor``, for language models and regression; by default accuracy (with
             gradients, loss) where there are labels and kl where there are none. Labels of -100 are left out.
