@@ -175,7 +175,7 @@ def test_a_layer_norm_absorbs_what_is_read_outside_of_the_call():
     replaced = vmeanba_fx.transform(gm, [x], k=2)
     assert not any("scan" in str(node.target) for node in replaced.graph.nodes)
     with torch.no_grad():
-        assert zoo.relative_error(replaced(x), zoo.without_scan(model, x)) <= 1e-5
+        assert relative_error(replaced(x), zoo.without_scan(model, x)) <= 1e-5
 
 
 def test_heads_wider_than_one_channel():

@@ -63,7 +63,7 @@ def test_scans_without_a_sum_to_be_left_out_of_read_zeros():
     expected = build("strided", after=nn.LayerNorm(6), depth=1, call=lambda u, *_: torch.zeros_like(u))
     with torch.no_grad():
         for batch in (1, 3):
-            assert zoo.relative_error(replaced(zoo.images(batch)), expected(zoo.images(batch))) <= 1e-5
+            assert relative_error(replaced(zoo.images(batch)), expected(zoo.images(batch))) <= 1e-5
 
 
 def test_the_callers_model_keeps_its_own_state():
