@@ -83,6 +83,7 @@ struct Params {
 #define TEAM_WARPS (TEAM_THREADS / 32)
 #define WARP_SLOTS (TEAM_WARPS > 16 ? 32 : TEAM_WARPS > 8 ? 16 : TEAM_WARPS > 4 ? 8 : TEAM_WARPS > 2 ? 4 : TEAM_WARPS)
 #define PRODUCER (BULK && LOOPS)
+#define SHARERS (STAGES == 1 ? TEAMS * TEAM_WARPS : TEAM_WARPS)  // warps that share the fetching before the loop
 #define THREADS (TEAMS * (TEAM_THREADS + 32 * PRODUCER))
 #define FULL 0xffffffffu
 // y was made with dt in base 2.
@@ -145,7 +146,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
     __syncthreads();
 #endif
 
-    // The next step of team `of`. With BULK, before the loop each array is fetched by another warp; in the loop (`all`), by the
+    // The next step of team `of`. With BULK, before the loop each piece is fetched by another warp; in the loop (`all`), by the
     // producer.
     auto issue = [&](int of, bool all) {
         if (ahead.k < k_end) {
@@ -153,42 +154,42 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
             const int64 k = ahead.k;
             char *const first = shared + of * TEAM_BYTES, *to = first + ahead.step % STAGES * STAGE_BYTES;
             const uint_t barrier = arrival + 8 * (of * STAGES + ahead.step % STAGES);
-            int turn = 0;
-            auto who = [&]() { return all ? warp : turn++ % TEAM_WARPS; };
-            if (BULK && (all ? lane == 0 : thread == 0))
+            Share share = {lane, 32, 0};
+            if (!all) share = {lane ? SHARERS : STAGES == 1 ? (int)threadIdx.x / 32 : warp, SHARERS, 0};
+            if (BULK && share.first == 0)
                 arrival_expect(barrier, tile.count * ((STAGE_BYTES + (ahead.n == 0 ? FRONT_BYTES : 0) + (of == 0 ? ONE_U_BYTES : 0)) / CAP));
 #pragma unroll
             for (int m = 0; m < PAIR; ++m) {
                 const int64 n = n0 + ahead.n + m;
 #if LINEAR
                 fetch<DELTA_TYPE>(to, p.delta + (b * p.delta_b + k * p.delta_k + n * p.delta_n) * Element<DELTA_TYPE>::bytes,
-                                  p.delta_h, p.delta_w, tile, p, thread, who(), barrier);
+                                  p.delta_h, p.delta_w, tile, p, thread, share, barrier);
                 to += CAP * Element<DELTA_TYPE>::bytes;
 #pragma unroll
                 for (int r = 0; r < RANK; ++r) {
                     const int64 from = b * p.B_b + k * p.B_k + min(r0 + r, (int)p.rank - 1) * p.B_r + n * p.B_n;
-                    fetch<B_TYPE>(to, p.B + from * Element<B_TYPE>::bytes, p.B_h, p.B_w, tile, p, thread, who(), barrier);
+                    fetch<B_TYPE>(to, p.B + from * Element<B_TYPE>::bytes, p.B_h, p.B_w, tile, p, thread, share, barrier);
                     to += CAP * Element<B_TYPE>::bytes;
                 }
 #else
                 const int64 from = b * p.B_b + k * p.B_k + n * p.B_n;
-                fetch<B_TYPE>(to, p.B + from * Element<B_TYPE>::bytes, p.B_h, p.B_w, tile, p, thread, who(), barrier);
+                fetch<B_TYPE>(to, p.B + from * Element<B_TYPE>::bytes, p.B_h, p.B_w, tile, p, thread, share, barrier);
                 to += CAP * Element<B_TYPE>::bytes;
 #endif
                 fetch<C_TYPE>(to, p.C + (b * p.C_b + k * p.C_k + n * p.C_n) * Element<C_TYPE>::bytes, p.C_h, p.C_w, tile, p,
-                              thread, who(), barrier);
+                              thread, share, barrier);
                 to += CAP * Element<C_TYPE>::bytes;
             }
 #if !LINEAR
             if (ahead.n == 0) {
                 to = first + STAGES * STAGE_BYTES + ahead.front % FRONT_SLOTS * FRONT_BYTES;
                 fetch<DELTA_TYPE>(to, p.delta + (b * p.delta_b + k * p.delta_k) * Element<DELTA_TYPE>::bytes, p.delta_h,
-                                  p.delta_w, tile, p, thread, who(), barrier);
+                                  p.delta_w, tile, p, thread, share, barrier);
                 to = ONE_U ? one_u : to + CAP * Element<DELTA_TYPE>::bytes;
 #pragma unroll
                 for (int r = 0; r < RANK && !(ONE_U && of > 0); ++r) {
                     const int64 from = b * p.u_b + k * p.u_k + min(r0 + r, (int)p.rank - 1) * p.u_r;
-                    fetch<U_TYPE>(to, p.u + from * Element<U_TYPE>::bytes, p.u_h, p.u_w, tile, p, thread, who(), barrier);
+                    fetch<U_TYPE>(to, p.u + from * Element<U_TYPE>::bytes, p.u_h, p.u_w, tile, p, thread, share, barrier);
                     to += CAP * Element<U_TYPE>::bytes;
                 }
             }
@@ -199,9 +200,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
     };
 
 #if STAGES == 1
-    // One step a team: all are fetched by the first team's warps, so that teams can begin one after the other.
+    // One step a team: all warps fetch for one team after the other, so that teams can begin in turn.
 #pragma unroll 1
-    for (int of = 0; team == 0 && of < TEAMS; ++of) {
+    for (int of = 0; of < TEAMS; ++of) {
         ahead = {MERGE ? of : k_first, 0, 0, 0, 0};
         issue(of, false);
     }
@@ -210,9 +211,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
     for (int s = 0; s < STAGES; ++s) issue(team, false);
 #endif
 #if !LINEAR
-    // A and the bias in base 2, per direction of this block: loads that every step would wait for.
+    // A and the bias in base 2, per direction of this block: loads that every step would wait for. By the last threads: the first
+    // are busy fetching, and behind what they fetch these loads would come late.
 #pragma unroll 1
-    for (int i = threadIdx.x; i < (MERGE ? GROUPS_OF : 1) * (NSTATE + 1); i += THREADS) {
+    for (int i = THREADS - 1 - (int)threadIdx.x; i < (MERGE ? GROUPS_OF : 1) * (NSTATE + 1); i += THREADS) {
         const int k = k_base + i / (NSTATE + 1), n = i % (NSTATE + 1);
         if (n < NSTATE) decays[i] = ((const float *)p.A)[k * p.states + n0 + n];
         else decays[i] = p.delta_bias ? ((const float *)p.delta_bias)[k] * LOG2E : 0.f;

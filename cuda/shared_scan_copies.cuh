@@ -62,18 +62,26 @@ __device__ __forceinline__ void bulk_copy(void *to, const void *from, int bytes,
 #endif
 }
 
-// Copies a tile of one array into shared memory. `from` is the array's first map element; where one warp is enough it is `turn`.
+// Which pieces of bulk copies a thread starts: number `first` and every `step`-th after it, none if `first` is not below `step`.
+// They are counted from array to array. A warp starts its lanes' copies one by one, in a hundred cycles each (H200).
+struct Share {
+    int first, step, done;
+};
+
+// Copies a tile of one array into shared memory. `from` is the array's first map element.
 template <int CODE>
 __device__ __forceinline__ void fetch(char *to, int64 from, int64 stride_h, int64 stride_w, const Tile &tile, const Params &p,
-                                      int thread, int turn, uint_t barrier) {
+                                      int thread, Share &share, uint_t barrier) {
     typedef typename Element<CODE>::type type;
     const int skew = SKEW_OF, width = WIDTH_OF;
 #if BULK
-    if (thread / 32 != turn) return;
     const int piece = !tile.flat ? tile.line : skew ? SKEW_LINES * tile.line : tile.count;
+    const int pieces = (int)((uint_t)(tile.count + piece - 1) / (uint_t)piece), start = share.done % share.step;
+    share.done += pieces;
+    if (share.first >= share.step) return;
 #pragma unroll 1
-    for (int q = thread % 32 * piece; q < tile.count; q += 32 * piece) {
-        const int bytes = min(piece, tile.count - q) * Element<CODE>::bytes;
+    for (int i = (share.first - start + share.step) % share.step; i < pieces; i += share.step) {
+        const int q = i * piece, bytes = min(piece, tile.count - q) * Element<CODE>::bytes;
         bulk_copy((type *)to + tile.index(q, skew), (const type *)from + tile.position(q, width), bytes, barrier);
     }
 #elif COPY
