@@ -64,7 +64,7 @@ class Layers(nn.Module):
         y = self.expand(rows)
         rows = F.silu(y) + y  # read twice
         rows = self.reduce(rows) + 1.0  # no tensor is added
-        rows = self.reduce(rows) + rows[:, :1]  # of another shape
+        rows = self.reduce(rows) + rows[:, :1].contiguous()  # of another shape
         y = self.reduce(rows)
         rows = F.gelu(y + y, approximate="tanh")  # to itself
         rows = F.gelu(self.expand(rows), approximate="tanh")
