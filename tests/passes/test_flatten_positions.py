@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from vmeanba_fx.passes import flatten_positions
 
 import vmeanba_fx
-from passes import flatten_positions
 from tests.helpers import relative_error
 from tests.passes.cases import planned
 from vmeanba_fx.graph import aten, value

@@ -30,6 +30,12 @@ def chained(u, delta, A, B, C, D, bias):
     return torch.cat([y, z], dim=1)
 
 
+def unlike(u, delta, A, B, C, D, bias):
+    """The second direction's step goes through no softplus."""
+    parts = [t.chunk(2, axis) for t, axis in zip((u, delta, A, B, C, D, bias), (1, 1, 0, 1, 1, 0, 0), strict=True)]
+    return torch.cat([zoo.vmamba_scan_fn(*(t[i] for t in parts), i == 0) for i in range(2)], dim=1)
+
+
 def transformed(call, directions, **choice):
     model = zoo.tiny(1, directions=directions, call=call).double()
     x = zoo.images(3, dtype=torch.float64)
@@ -58,7 +64,7 @@ def test_beside_a_replaced_direction_the_others_stay_calls():
         assert relative_error(gm(x), literal(x)) < 1e-12
 
 
-@pytest.mark.parametrize("call", [gated, chained])
+@pytest.mark.parametrize("call", [gated, chained, unlike])
 def test_near_misses_stay(call):
     model, gm, x = transformed(call, 2, k=0)
     found = targets(gm)
