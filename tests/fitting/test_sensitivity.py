@@ -56,6 +56,34 @@ def test_gradients_are_those_of_finite_differences(build):
     assert not any(p.grad is not None for p in gm.parameters())
 
 
+class Detached(zoo.TinyNet):
+    def forward(self, x):
+        return self.head(self.features(x).detach())
+
+
+class OneBatchSize(zoo.TinyNet):
+    def forward(self, x):
+        return super().forward(x.reshape(4, *x.shape[1:]))
+
+
+def of_class(cls):
+    model = zoo.tiny(1).double()
+    model.__class__ = cls
+    x = zoo.images(4, dtype=torch.float64)
+    gm = vmeanba_fx.capture(model, x)
+    return output_gradients(gm, [scan for _, scan in scan_nodes(gm)], data_of([x]))
+
+
+def test_outputs_that_do_not_depend_on_a_scan_are_refused():
+    with pytest.raises(CalibrationError, match=r"fit='outputs' does not work for this model .*use fit='scan'"):
+        list(of_class(Detached))
+
+
+def test_a_batch_of_one_size_stays_whole():
+    [[gradient]] = of_class(OneBatchSize)
+    assert len(gradient) == 4
+
+
 def test_batches_are_cut_where_a_backward_pass_has_no_room(monkeypatch):
     """The probes of a part are those that the whole batch has for it."""
     x = zoo.images(5, dtype=torch.float64)

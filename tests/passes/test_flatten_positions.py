@@ -46,6 +46,15 @@ def test_exact_and_only_where_positions_are_alike():
     assert dims(gm, aten.add.Tensor) == [3, 4], "the second sum is different at every position"
 
 
+def test_maps_of_any_size_stay_as_they_are():
+    model = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6)).double()
+    x = torch.randn(3, 4, 5, 6, dtype=torch.float64)
+    sizes = dict.fromkeys((0, 1, 2), torch.export.Dim.AUTO)
+    program = torch.export.export(model, (x,), dynamic_shapes=[sizes], strict=False)
+    gm = flatten_positions(program.module(check_guards=False))
+    assert dims(gm, aten.linear.default) == [4]
+
+
 def test_the_residual_stream_of_a_vmamba_has_three_axes():
     plan, _ = planned("v05_noz", torch.float32)
     for k in (0, len(plan.sites)):

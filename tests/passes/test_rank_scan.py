@@ -72,6 +72,13 @@ def test_the_fitted_constants_are_added():
     torch.testing.assert_close(rank_scan_tensors(fit, *given) - plain, fit.skip[:, None] * a["u"] + fit.bias[:, None])
 
 
+def test_the_output_has_the_dtype_that_is_asked_for():
+    a = {name: t.bfloat16() for name, t in zoo.scan_inputs(2, 2, 5, 3, 7).items()}
+    given = (a["u"], a["delta"], a["A"], a["B"], a["C"], a["delta_bias"], True)
+    fit = random_fit(2, 5, 2, extra=False)
+    assert [rank_scan_tensors(fit, *given, dtype).dtype for dtype in (None, torch.float32)] == [torch.bfloat16, torch.float32]
+
+
 def test_equal_decays_and_full_rank_are_the_scan_itself():
     a = zoo.scan_inputs(2, 2, 4, 3, 7)
     first = torch.arange(2).repeat_interleave(4) * 4
