@@ -172,7 +172,7 @@ def test_scores_that_are_not_finite_name_the_site(captured):
 
     def other_later(outputs, batch, calls=[]):  # noqa: B006
         calls.append(1)
-        return torch.zeros(1 if len(calls) == 3 else len(outputs))
+        return torch.zeros(() if len(calls) == 3 else len(outputs))
 
     with pytest.raises(CalibrationError, match="'other_later' gave 1 values where it gave 4 before"):
         calibrate(captured, LOADER, metric=other_later)

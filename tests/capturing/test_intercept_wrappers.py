@@ -114,6 +114,18 @@ def test_rounding_hides_no_skip_of_the_functions_own():
     assert (found - expected).abs().max() < 0.02 * expected.abs().max()
 
 
+def test_a_bare_scan_that_overflows_is_not_the_functions():
+    """A helper with a softplus of its own: without it, delta is so negative that the bare scan overflows."""
+
+    def scan(u, delta, A, B, C, D=None, delta_bias=None, delta_softplus=False):
+        return selective_scan_fn(u, torch.nn.functional.softplus(delta), A, B, C, D, None, delta_bias, delta_softplus)
+
+    negative = -1e3 * DELTA.abs() - 1e3
+    found, calls = redirected(Caller(lambda s, u, d: s.scan(u, d, A, B, C), scan=scan), U, negative)
+    assert len(calls) == 1, "the scan inside of it is taken"
+    assert torch.equal(found, scan(U, negative, A, B, C))
+
+
 def test_a_scan_that_cannot_be_tried_is_believed_and_noted():
     model, x = zoo.tiny(1, call=fails), zoo.images(3)
     gm = vmeanba_fx.capture(model, x)
