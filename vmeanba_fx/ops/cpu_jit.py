@@ -62,7 +62,7 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtyp
     )  # fmt: skip
     kernels = _kernels()
     pieces = batch * K * -(-channels // (K * kernels.LANES))
-    _run(kernels.selective_scan, pieces, out.numel() * N, arguments)
+    _run("selective_scan", kernels.selective_scan_scratch(N), pieces, out.numel() * N, arguments)
     return out.to(out_dtype)
 
 
@@ -76,7 +76,7 @@ def shared_scan(u, delta, A, B, C, delta_bias, delta_softplus, out_dtype) -> Ten
         K, R, N, length, delta_softplus, u, *_strides(u, 3), delta, *_strides(delta, 2), _table(A), B, *_strides(B, 3), C,
         *_strides(C, 3), _rows(delta_bias), out,
     )  # fmt: skip
-    _run(_kernels().shared_scan, batch * K, out.numel() * N, arguments)
+    _run("shared_scan", _kernels().shared_scan_scratch(R, N), batch * K, out.numel() * N, arguments)
     return out.to(out_dtype)
 
 
@@ -87,7 +87,7 @@ def linear_scan(a, b, C) -> Tensor:
     dtype = a.dtype
     a, b, C = (_rows(x) for x in (a, b, C))
     arguments = K, R, N, length, a, *_strides(a, 3), b, *_strides(b, 4), C, *_strides(C, 3), out
-    _run(_kernels().linear_scan, batch * K, out.numel() * N, arguments)
+    _run("linear_scan", _kernels().linear_scan_scratch(R, N), batch * K, out.numel() * N, arguments)
     return out.to(dtype)
 
 
@@ -102,7 +102,7 @@ def shared_scan2d(u, delta, A, B, C, delta_bias, directions, order, delta_softpl
         K, R, N, length, delta_softplus, u, *u_strides, delta, *_strides(delta, 3), _table(A), B, *_strides(B, 4), C,
         *_strides(C, 4), _rows(delta_bias), _order(directions, order, height, width), out,
     )  # fmt: skip
-    _run(_kernels().shared_scan2d, batch * K, out.numel() * N, arguments)
+    _run("shared_scan2d", _kernels().shared_scan2d_scratch(R, N), batch * K, out.numel() * N, arguments)
     return (out.sum(1) if merge else out).to(out_dtype)
 
 
@@ -119,7 +119,8 @@ def ss2d(x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplu
         _order(directions, order, height, width), target, target.element_size(), *_position_strides(target),
     )  # fmt: skip
     kernels = _kernels()
-    _run(kernels.ss2d, batch * -(-channels // kernels.LANES), batch * K * channels * length * N, arguments)
+    pieces, states = batch * -(-channels // kernels.LANES), batch * K * channels * length * N
+    _run("ss2d", kernels.ss2d_scratch(R, N, length), pieces, states, arguments)
     if not in_place:
         out.copy_(target)
 
@@ -191,13 +192,19 @@ def _strides(tensor: Tensor | None, dims: int) -> list[int]:
     return [0] * dims if tensor is None else [tensor.element_size() * stride for stride in tensor.stride()[:dims]]
 
 
-def _run(kernel: Callable, pieces: int, states: int, arguments: tuple) -> None:
-    """Call a kernel in as many threads as PyTorch uses, or in this one where there is too little to do."""
-    data = array("q", [0, pieces, *[x if type(x) is int else _number(x) for x in arguments]])
+def _run(name: str, scratch: int, pieces: int, states: int, arguments: tuple) -> None:
+    """Call a kernel in as many threads as PyTorch uses, or in this one where there is too little to do.
+
+    `scratch`: the bytes that each thread needs.
+    """
+    threads = 1 if pieces <= 1 or states < _LEAST_WORK else torch.get_num_threads()
+    space = torch.empty(min(threads, pieces) * scratch // 4)
+    table = 0, pieces, 0, space.data_ptr(), scratch, *[x if type(x) is int else _number(x) for x in arguments]
+    data = array("q", table)
     address = data.buffer_info()[0]
-    threads = torch.get_num_threads()
-    function = _kernels().compiled(kernel)
-    if threads == 1 or pieces <= 1 or states < _LEAST_WORK:
+    kernels = _kernels()
+    function = kernels.compiled(getattr(kernels, name))
+    if threads == 1:
         function(address)
     elif (parallel := _openmp()) is not None:
         parallel(function, address, threads, 0)

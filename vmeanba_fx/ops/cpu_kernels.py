@@ -1,8 +1,12 @@
 """The scans as machine code for the CPU, through Numba. Imported at the first use, never by `import vmeanba_fx`.
 
 A kernel is a C function of one address: that of a table of int64 with a counter from zero, the number of pieces the work is
-cut into, and the arguments named in the kernel. Any number of threads may run it on the same table at once: each takes the
-next piece until none is left. Nothing here keeps a state or needs the GIL.
+cut into, a second counter, the address of scratch memory and the bytes of it that a thread needs (`..._scratch` gives them),
+and the arguments named in the kernel. As many threads as there is scratch memory for may run it on the same table at once:
+each takes the next piece until none is left. Nothing here keeps a state, allocates or needs the GIL.
+
+The scratch memory is the caller's: an array that Numba allocates is freed after its last mention, not where addresses in it
+are used for the last time.
 
 Tensors come as addresses, with strides in bytes, so that each kernel is compiled once; they are float32 (tables of positions
 int64), and contiguous in the last dim. Address 0: not given.
@@ -15,11 +19,12 @@ import numpy as np
 from numba import cfunc, njit, types
 
 from .cpu_lanes import (
+    ARGUMENTS,
     LANES,
     ROW,
     TILE,
-    aligned,
     deliver,
+    enter,
     exp2,
     fetch,
     fma,
@@ -51,6 +56,10 @@ SPAN = 8 * ROW  # bytes of a row that the full scan copies at a time
 BLOCK = 64 * LANES  # steps of a one-channel scan whose outputs stay in the cache while the states are summed
 
 
+def selective_scan_scratch(N: int) -> int:
+    return 4 * TILE + 3 * LANES * SPAN + 2 * N * (SPAN + ROW)
+
+
 def selective_scan(data):
     """A piece is 16 channels of one group and one batch item; the lanes are channels.
 
@@ -61,20 +70,16 @@ def selective_scan(data):
     u, delta, z, out (B, K*D, L) with numbers of u_size, ... bytes (2: bfloat16); A (K*D, N) and `out` contiguous; B, C
     (B, K, N, L); skip, bias (K*D,).
     """
-    (_, pieces, K, D, N, L, softplus_, u, u_size, u_b, u_c, delta, delta_size, delta_b, delta_c, A, B, B_b, B_k, B_n, C, C_b,
-     C_k, C_n, skip, z, z_size, z_b, z_c, bias, out, out_size) = table(data, 32)  # fmt: skip
-    scratch = np.empty((4 * TILE + 3 * LANES * SPAN + 2 * N * SPAN + 2 * N * ROW) // 4 + LANES, np.float32)
-    x_t = aligned(scratch)
+    (K, D, N, L, softplus_, u, u_size, u_b, u_c, delta, delta_size, delta_b, delta_c, A, B, B_b, B_k, B_n, C, C_b,
+     C_k, C_n, skip, z, z_size, z_b, z_c, bias, out, out_size) = table(data + ARGUMENTS, 30)  # fmt: skip
+    pieces, piece, x_t = enter(data)
     dt_t, du_t, y_t, decay = x_t + TILE, x_t + 2 * TILE, x_t + 3 * TILE, x_t + 4 * TILE
     state, u_rows = decay + N * ROW, decay + 2 * N * ROW
     delta_rows, out_rows, B_rows = u_rows + LANES * SPAN, u_rows + 2 * LANES * SPAN, u_rows + 3 * LANES * SPAN
     C_rows = B_rows + N * SPAN
     tiles = (D + LANES - 1) // LANES
     zero = spread(np.float32(0))
-    for _ in range(pieces):
-        piece = take(data)
-        if piece >= pieces:
-            break
+    while piece < pieces:
         group, tile = divmod(piece, tiles)
         item, k = divmod(group, K)
         rows = min(LANES, D - LANES * tile)
@@ -120,6 +125,11 @@ def selective_scan(data):
                         gate = silu(load(u_rows + SPAN * i + t))
                         store(out_rows + SPAN * i + t, load(out_rows + SPAN * i + t) * gate)
             write_rows(out_rows, SPAN, rows, steps, out_at + out_size * begin, row, out_size)
+        piece = take(data)
+
+
+def ss2d_scratch(R: int, N: int, L: int) -> int:
+    return L * ROW + TILE // 2 + 2 * N * ROW + -(-R // LANES) * TILE
 
 
 def ss2d(data):
@@ -130,20 +140,15 @@ def ss2d(data):
     x, out (B, L, D) with numbers of x_size, out_size bytes (2: bfloat16); feats (B, K, L, R + 2N); weight (K, D, R),
     A (K*D, N) and order (K, L) contiguous; skip (D,); bias (K*D,).
     """
-    (_, pieces, K, D, R, N, L, softplus_, x, x_size, x_b, x_p, feats, f_b, f_k, f_p, weight, A, skip, bias, order, out,
-     out_size, out_b, out_p) = table(data, 25)  # fmt: skip
-    R_rows = (R + LANES - 1) // LANES * LANES
-    scratch = np.empty((TILE // 2 + 2 * N * ROW + R_rows * ROW) // 4 + LANES, np.float32)
-    sums = np.empty(L * LANES + LANES, np.float32)
-    dt_t, sum_t = aligned(scratch), aligned(sums)
+    (K, D, R, N, L, softplus_, x, x_size, x_b, x_p, feats, f_b, f_k, f_p, weight, A, skip, bias, order, out,
+     out_size, out_b, out_p) = table(data + ARGUMENTS, 23)  # fmt: skip
+    pieces, piece, sum_t = enter(data)
+    dt_t = sum_t + L * ROW
     decay, state = dt_t + TILE // 2, dt_t + TILE // 2 + N * ROW
     weight_r = state + N * ROW
     tiles = (D + LANES - 1) // LANES
     zero = spread(np.float32(0))
-    for _ in range(pieces):
-        piece = take(data)
-        if piece >= pieces:
-            break
+    while piece < pieces:
         item, tile = divmod(piece, tiles)
         channel = LANES * tile
         rows = min(LANES, D - channel)
@@ -170,6 +175,7 @@ def ss2d(data):
                         store(sum_t + ROW * p, y)
                     else:
                         deliver(out_at + out_p * p, y, rows, out_size)
+        piece = take(data)
 
 
 @njit(nogil=True)
@@ -226,17 +232,17 @@ def _step_sizes(f_at, f_p, order_at, count, R, weight_r, shift, softplus_, dt_t)
             store(dt_t + ROW * i, softplus(load(dt_t + ROW * i)))
 
 
+def shared_scan_scratch(R: int, N: int) -> int:
+    return 4 * BLOCK + R * N * ROW
+
+
 def shared_scan(data):
     """A piece is one group of one batch item; the lanes are 16 steps. A (K, N), bias (K,), out (B, K, R, L)."""
-    (_, pieces, K, R, N, L, softplus_, u, u_b, u_k, u_r, delta, delta_b, delta_k, A, B, B_b, B_k, B_n, C, C_b, C_k, C_n, bias,
-     out) = table(data, 25)  # fmt: skip
-    scratch = np.empty(BLOCK + R * N * LANES + LANES, np.float32)
-    dt_t = aligned(scratch)
+    (K, R, N, L, softplus_, u, u_b, u_k, u_r, delta, delta_b, delta_k, A, B, B_b, B_k, B_n, C, C_b, C_k, C_n, bias,
+     out) = table(data + ARGUMENTS, 23)  # fmt: skip
+    pieces, piece, dt_t = enter(data)
     state = dt_t + 4 * BLOCK
-    for _ in range(pieces):
-        piece = take(data)
-        if piece >= pieces:
-            break
+    while piece < pieces:
         item, k = divmod(piece, K)
         shift = read(bias + 4 * k) if bias else spread(np.float32(0))
         clear(state, R * N)
@@ -246,6 +252,11 @@ def shared_scan(data):
             out_at, steps = out + 4 * (piece * R * L + begin), min(BLOCK, L - begin)
             _step_rows(delta_at, steps, shift, softplus_, dt_t)
             _shared_block(steps, R, N, dt_t, u_at, u_r, A + 4 * k * N, B_at, B_n, C_at, C_n, state, out_at, 4 * L)
+        piece = take(data)
+
+
+def shared_scan2d_scratch(R: int, N: int) -> int:
+    return (1 + 2 * R + 2 * N) * 4 * BLOCK + R * N * ROW
 
 
 def shared_scan2d(data):
@@ -253,16 +264,13 @@ def shared_scan2d(data):
 
     order (K, L); out (B, K, R, L), by position.
     """
-    (_, pieces, K, R, N, L, softplus_, u, u_b, u_k, u_r, u_p, delta, delta_b, delta_k, delta_p, A, B, B_b, B_k, B_n, B_p, C,
-     C_b, C_k, C_n, C_p, bias, order, out) = table(data, 30)  # fmt: skip
-    scratch = np.empty((1 + 2 * R + 2 * N) * BLOCK + R * N * LANES + LANES, np.float32)
-    dt_t, row = aligned(scratch), 4 * BLOCK
+    (K, R, N, L, softplus_, u, u_b, u_k, u_r, u_p, delta, delta_b, delta_k, delta_p, A, B, B_b, B_k, B_n, B_p, C,
+     C_b, C_k, C_n, C_p, bias, order, out) = table(data + ARGUMENTS, 28)  # fmt: skip
+    pieces, piece, dt_t = enter(data)
+    row = 4 * BLOCK
     u_t, y_t, B_t, C_t = dt_t + row, dt_t + (1 + R) * row, dt_t + (1 + 2 * R) * row, dt_t + (1 + 2 * R + N) * row
     state = C_t + N * row
-    for _ in range(pieces):
-        piece = take(data)
-        if piece >= pieces:
-            break
+    while piece < pieces:
         item, k = divmod(piece, K)
         shift = read(bias + 4 * k) if bias else spread(np.float32(0))
         clear(state, R * N)
@@ -279,6 +287,7 @@ def shared_scan2d(data):
             for r in range(R):
                 for i in range(steps):
                     put(out + 4 * ((piece * R + r) * L + position(places + 8 * i)), get(y_t + r * row + 4 * i))
+        piece = take(data)
 
 
 @njit(nogil=True)
@@ -312,15 +321,15 @@ def _shared_block(steps, R, N, dt_t, u_at, u_r, A_at, B_at, B_n, C_at, C_n, stat
             _steps(exp2(dt * decay), drive, C_now, u_at + 4 * t, u_r, True, n, R, state, out_at + 4 * t, out_r, count)
 
 
+def linear_scan_scratch(R: int, N: int) -> int:
+    return R * N * ROW
+
+
 def linear_scan(data):
     """As `shared_scan`, after the discretisation."""
-    (_, pieces, K, R, N, L, a, a_b, a_k, a_n, b, b_b, b_k, b_r, b_n, C, C_b, C_k, C_n, out) = table(data, 20)
-    scratch = np.empty(R * N * LANES + LANES, np.float32)
-    state = aligned(scratch)
-    for _ in range(pieces):
-        piece = take(data)
-        if piece >= pieces:
-            break
+    (K, R, N, L, a, a_b, a_k, a_n, b, b_b, b_k, b_r, b_n, C, C_b, C_k, C_n, out) = table(data + ARGUMENTS, 18)
+    pieces, piece, state = enter(data)
+    while piece < pieces:
         item, k = divmod(piece, K)
         clear(state, R * N)
         for begin in range(0, L, BLOCK):
@@ -333,6 +342,7 @@ def linear_scan(data):
                     a_now, C_now = load_some(a_at + 4 * t, count), load_some(C_at + 4 * t, count)
                     out_at = out + 4 * (piece * R * L + t)
                     _steps(a_now, C_now, C_now, b_at + 4 * t, b_r, False, n, R, state, out_at, 4 * L, count)
+        piece = take(data)
 
 
 @njit(nogil=True)

@@ -16,6 +16,7 @@ from .cpu_llvm import LANES
 
 ROW = 4 * LANES  # bytes of one vector
 TILE = LANES * ROW  # bytes of 16 vectors
+ARGUMENTS = 5 * 8  # where the arguments begin in the table that a kernel is given
 
 
 class Lanes(types.Type):
@@ -241,9 +242,12 @@ def transpose(context, source, target):
 
 
 @njit(nogil=True)
-def aligned(scratch):
-    """The first address in an array that begins a cache line; the array has 16 floats more than are needed."""
-    return (np.int64(scratch.ctypes.data) + 63) & ~63
+def enter(data):
+    """For a thread that begins on a kernel's table: the number of pieces, its first one, and the address of its own scratch
+    memory, which only threads that have a piece to do own."""
+    pieces, piece = position(data + 8), take(data)
+    seat = take(data + 16) if piece < pieces else 0
+    return pieces, piece, position(data + 24) + position(data + 32) * seat
 
 
 @njit(nogil=True)
