@@ -34,7 +34,9 @@ from vmeanba_fx.models import factories
 from vmeanba_fx.timing import timed as timed_on_cpu
 
 sys.path.insert(0, str(ROOT))  # for benchmarks, and the tests that they use
-from benchmarks.end_to_end import LIMITS, GraphReplay, Turn, compiled_out_of_turn, load_official, relative, scan_as_op, timed
+from benchmarks.end_to_end import LIMITS
+from benchmarks.official import load_official, scan_as_op
+from benchmarks.running import GraphReplay, Turn, compiled_out_of_turn, relative, timed
 from tests.helpers import make_scan_matter
 
 FULL_SIZE = "vmamba_tiny_s1l8"
