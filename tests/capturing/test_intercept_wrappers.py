@@ -126,6 +126,54 @@ def test_a_bare_scan_that_overflows_is_not_the_functions():
     assert torch.equal(found, scan(U, negative, A, B, C))
 
 
+def negated_bias(scan, u, delta, A, B, C, D, bias):
+    return scan(u, delta, A, B, C, D, -bias)
+
+
+def larger_skip(scan, u, delta, A, B, C, D, bias):
+    return scan(u, delta, A, B, C, 1.1 * D, bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("own", [negated_bias, larger_skip])
+def test_a_small_part_beside_a_large_scan_is_seen(own, dtype):
+    """A tenth of a skip is 0.1 % of these outputs, far below the rounding of half precision."""
+
+    def inner(u, delta, A, B, C, D, bias):
+        return zoo.loop_scan(u, delta, A, B, C, D, None, bias, True)[0].to(u.dtype)
+
+    def scan(u, delta, A, B, C, D=None, delta_bias=None, delta_softplus=False):
+        return own(inner, u, delta, A, B, C, D, delta_bias)
+
+    large = [t.to(dtype) for t in (U, DELTA + 10, A, 30 * B, C)]
+    model = Caller(lambda s, u, d: s.scan(u, d, *large[2:], **SHORT), scan=scan)
+    found, calls = redirected(model, *large[:2])
+    assert not calls and torch.equal(found, scan(*large, **SHORT))
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_values_that_overflow_prove_nothing(factor):
+    """A scan whose own inputs give infinity is tried on smaller ones."""
+
+    def scan(u, delta, A, B, C, D=None, delta_bias=None, delta_softplus=False):
+        return factor * zoo.loop_scan(u, delta, A, B, C, D, None, delta_bias, delta_softplus)[0]
+
+    growing = -1e3 * DELTA.abs() - 1e3
+    assert not scan(U, growing, A, B, C).isfinite().all()
+    found, calls = redirected(Caller(lambda s, u, d: s.scan(u, d, A, B, C, D), scan=scan), U, growing)
+    assert len(calls) == (factor == 1) and found.shape == U.shape
+
+
+def test_a_function_that_is_never_finite_is_refused():
+    def scan(u, delta, A, B, C, D=None, delta_bias=None, delta_softplus=False):
+        return zoo.loop_scan(u, delta, A, B, C, D, None, delta_bias, delta_softplus)[0] / 0
+
+    model, x = zoo.tiny(2), zoo.images(3)
+    model.blocks[1].op.call = lambda u, delta, A, B, C, D, bias: scan(u, delta, A, B, C, D, bias, True).nan_to_num(0, 0, 0)
+    [(where, why)] = vmeanba_fx.find_sites(vmeanba_fx.capture(model, x)).refused
+    assert where == "blocks.1.op" and "but it gives values that are not finite" in why
+
+
 def test_a_scan_that_cannot_be_tried_is_believed_and_noted():
     model, x = zoo.tiny(1, call=fails), zoo.images(3)
     gm = vmeanba_fx.capture(model, x)
