@@ -219,6 +219,8 @@ def test_labels_of_any_whole_type_are_class_numbers(captured):
     expected = calibrate(captured, LOADER, metric="loss").scores
     for dtype in (torch.int32, torch.uint8):
         assert calibrate(captured, [(x, y.to(dtype)) for x, y in LOADER], metric="loss").scores == expected
+    flags, numbers = ([(x, (y > 1).to(dtype)) for x, y in LOADER] for dtype in (torch.bool, torch.int64))
+    assert calibrate(captured, flags, metric="loss").scores == calibrate(captured, numbers, metric="loss").scores
 
 
 @pytest.mark.parametrize("head", [

@@ -213,6 +213,8 @@ HOSTILE = {
     "earlier version": (assign("version", value=1), "its version is 1, of an older release.*calibrate again"),
     "later version": (assign("version", value=3), "its version is 3, this release reads 2"),
     "no version": (lambda c: c.pop("version"), "version"),
+    "unknown field": (assign("note", value="x" * 10**6), r"it has unknown fields, \['note'\]"),
+    "unknown field without end": (assign("n" * 10**6, value=1), r"it has unknown fields, \['nnn"),
     "no sites": (assign("sites", value=[]), "site names are missing"),
     "sites are text": (assign("sites", value="all"), "sites is a str"),
     "two sites of one name": (assign("sites", 1, "name", value="blocks.0.op"), "not unique"),

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 _FORMAT = "vmeanba_fx.plan"
 _VERSION = 2
+_KEYS = frozenset(
+    "format version metric higher_is_better mean base samples scores tiebreaks sites refused inputs estimates intervals apart "
+    "group_by curve fingerprint reduction".split()
+)
 
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
@@ -49,6 +53,8 @@ def plan_fields(d: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("its version is 1, of an older release; it has no held-out measurements: calibrate again")
     if d.get("version") != _VERSION:
         raise ValueError(f"its version is {d.get('version')!r}, this release reads {_VERSION}")
+    if unknown := sorted(set(d) - _KEYS):  # of a changed file, or of a release that did not give them a version of their own
+        raise ValueError(f"it has unknown fields, {repr(unknown[:4])[:80]}")
     metric, samples = d.get("metric"), d.get("samples")
     if not is_name(metric) or not is_count(samples):
         raise ValueError(f"its metric is {repr(metric)[:80]}, of {repr(samples)[:80]} samples")

@@ -116,6 +116,11 @@ def test_tiles(case, small_tiles):
     check(case.split()[0], EACH_OP[case])
 
 
+def test_blocks_of_steps_have_their_own_gate(small_tiles):
+    """A block has 64 steps or more."""
+    check("selective_scan", problems.selective_scan(1, 4, 16, 16, 150))
+
+
 @each_op
 def test_output_is_fresh(case):
     """An output that shared memory with an input would break functionalisation."""

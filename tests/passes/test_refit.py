@@ -229,6 +229,15 @@ def test_values_kept_between_layers_change_nothing(monkeypatch):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("how, later", [("sites", []), ("all", ["linear_5", "linear_6"])])
+def test_which_layers_are_refitted(how, later):
+    """The one that reads the site out; with "all" also what writes into the stream behind it, and the head."""
+    gm = captured(zoo.tiny(3))
+    names = ["blocks.1.op"]
+    fitted = refit_sites(mean_scan(copy_graph(gm), names), gm, names, data_of(), how=how)
+    assert [(r.site, r.layer) for r in fitted.meta[REFIT]] == [("blocks.1.op", "linear_3"), *(("", name) for name in later)]
+
+
 def test_the_same_run_gives_the_same_bytes():
     gm = captured(zoo.tiny(2))
     a, b = (vmeanba_fx.transform(gm, LOADER, k=2, reduce="rank", rank=2, refit=how) for how in (True, "sites"))

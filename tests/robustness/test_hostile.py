@@ -4,6 +4,7 @@ Hostile plans are in ``tests/test_plan.py``, damaged checkpoints in ``tests/mode
 (``.pt2``), calibration states, and checkpoints that lie about their size.
 """
 
+import gzip
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import time
 import tracemalloc
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +23,7 @@ import vmeanba_fx
 from tests import zoo
 from tests.helpers import relative_error
 from vmeanba_fx import ExportError, PlanError, load
+from vmeanba_fx.cli.arguments import CommandError, DataSpec
 from vmeanba_fx.models import VSSM
 from vmeanba_fx.models.checkpoints import CheckpointError, load_checkpoint
 
@@ -396,6 +399,7 @@ def safetensors(header, data=b"", length=None):
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
+EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
 CHECKPOINTS = {
     "header longer than the file": ("a.safetensors", safetensors(b"{}", length=2**62)),
     "header of 100 MB": ("a.safetensors", safetensors(b"{}", b" " * 10**6, length=10**8)),
@@ -410,6 +414,9 @@ CHECKPOINTS = {
     "pickle with another name": ("a.safetensors", None),
     "pickle, old protocol": ("a.pth", b"cos\nsystem\n(S'true'\ntR."),
     "deep pickle": ("a.pt", b"\x80\x02" + b"(" * 10**5 + b"."),
+    "header without end": ("a.safetensors", safetensors({f"x{i}": EMPTY for i in range(20_000)})),
+    "pickle without end": ("a.pt", packed({"a/data.pkl": b"\x80\x02]" + b"K\x01a" * 400_000 + b".", "a/version": b"3"})),
+    "pickle without end, old format": ("a.pt", pickle.dumps(0x1950A86A20F9469CFC6C, 2) + b"\x80\x02]" + b"K\x01a" * 400_000),
     "zip without a pickle": ("a.pt", packed({"a/x": b"1"})),
     "zip that climbs": ("a.pt", packed({"../../a/data.pkl": b"\x80\x02}."})),
 }  # fmt: skip
@@ -426,3 +433,64 @@ def test_hostile_checkpoints(name, tmp_path):
     with pytest.raises(CheckpointError, match=file):
         load_checkpoint(model, path)
     assert time.process_time() - start < SECONDS and sorted(tmp_path.iterdir()) == before
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+
+def zeros_in(path, name, kind, shape):
+    """A .npz file with ``shape`` zeros, which compress to a thousandth, and as many bytes that do not."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with archive.open(name, "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, {"descr": kind, "fortran_order": False, "shape": shape})
+            for _ in range(160):
+                member.write(bytes(2**20))
+            member.write(random.Random(0).randbytes(2 * 2**20))
+
+
+def idx(*shape):
+    return struct.pack(f">BBBB{len(shape)}I", 0, 0, 8, len(shape), *shape)
+
+
+def gzipped(path, head):
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(head)
+        for _ in range(160):
+            file.write(bytes(2**20))
+
+
+DATA = {
+    "bytes for images": ("a.npz", lambda p: zeros_in(p, "images.npy", "|u1", (162 * 2**20,)), "images are torch.uint8"),
+    "more labels than images": (
+        "a.npz", lambda p: (zeros_in(p, "images.npy", "<f4", (162, 2**18)), add_labels(p)), "expected one class number"
+    ),
+    "arrays without end": ("a.npz", lambda p: p.write_bytes(b"PK\x01\x02" * 200_000 + packed({"x": b""})), "1,000 arrays"),
+    "header without end": (
+        "a.safetensors", lambda p: p.write_bytes(safetensors({f"x{i}": EMPTY for i in range(20_000)})), "more than 1 MiB"
+    ),
+    "more than the header says": ("fashion", lambda p: gzipped(p, idx(5, 28, 28)), "the file has more"),
+    "more than the data set has": ("fashion", lambda p: gzipped(p, idx(2**20, 28, 28)), "no file of the data set"),
+}  # fmt: skip
+
+
+def add_labels(path):
+    with zipfile.ZipFile(path, "a") as archive:
+        with archive.open("labels.npy", "w") as member:
+            np.save(member, np.zeros(3, int))
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_hostile_data(name, tmp_path):
+    """Refused by what the file says of itself: nothing large is unpacked."""
+    file, write, message = DATA[name]
+    path = tmp_path / ("train-images-idx3-ubyte.gz" if file == "fashion" else file)
+    write(path)
+    start = time.process_time()
+    tracemalloc.start()
+    with pytest.raises(CommandError, match=message):
+        DataSpec.parse(f"fashion-mnist:{tmp_path}" if file == "fashion" else str(path)).loader(
+            batch=2, size=None, seed=0, batches=None, like=small()
+        )
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert time.process_time() - start < SECONDS and peak < 50 * 2**20

@@ -71,7 +71,8 @@ def calibrate(
         loader: batches of inputs, with or without labels (see :func:`.metrics.unpack`).
         metric: ``"accuracy"``, ``"loss"``, ``"kl"``, all three of class scores (batch, classes, ...), or
             ``callable(outputs, batch) -> float tensor``, for language models and regression; by default accuracy (with
-            gradients, loss) where there are labels and kl where there are none. Labels of -100 are left out.
+            gradients, loss) where there are labels and kl where there are none. Labels of -100 are left out, boolean
+            ones are the classes 0 and 1.
         mean: variant of the replacement that is scored, see :mod:`vmeanba_fx.passes.mean_scan`.
         reduce: ``"mean"``, the paper's block, or ``"rank"``: scans of ``rank`` channels per direction with projections
             fitted to the data, see :mod:`vmeanba_fx.passes.rank_scan`. Three more passes over the loader, whatever the

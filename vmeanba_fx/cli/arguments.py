@@ -9,7 +9,7 @@ import importlib.util
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -25,8 +24,12 @@ from .. import models
 from ..data import FashionMNIST, load_digits_images, make_loader
 from ..errors import VMeanbaError
 from ..models import load_checkpoint
+from ..tensor_files import read_safetensors
 
+_ARRAYS = ("images", "labels")
 _MOST_COMPRESSED = 100
+_MOST_ARRAYS = 1_000
+_TABLE_BYTES = 2**24  # where the table of contents lies, at the end of an archive
 
 
 class CommandError(VMeanbaError):
@@ -208,12 +211,21 @@ def _read(path: Path) -> tuple[Tensor, Tensor | None]:
     try:
         if path.suffix == ".npz":
             _refuse_bomb(path)
+            _check_data(path, _promised(path))  # before gigabytes are unpacked
             with np.load(path, allow_pickle=False) as file:
-                found = {name: torch.from_numpy(file[name]) for name in ("images", "labels") if name in file.files}
+                found = {name: torch.from_numpy(file[name]) for name in _ARRAYS if name in file.files}
         else:
-            found = load_file(path)
+            found = read_safetensors(path)
+    except CommandError:
+        raise
     except Exception as error:  # the readers raise a dozen types on damaged files
         raise CommandError(f"--data: {path} cannot be read: {error}") from error
+    _check_data(path, found)
+    labels = found.get("labels")
+    return found["images"], None if labels is None else labels.long()
+
+
+def _check_data(path: Path, found: Mapping[str, Tensor]) -> None:
     images, labels = found.get("images"), found.get("labels")
     if images is None:
         raise CommandError(f"--data: {path} holds no 'images'")
@@ -223,20 +235,35 @@ def _read(path: Path) -> tuple[Tensor, Tensor | None]:
             "expected at least one, floating point, normalised as the model wants them"
         )
     if labels is None:
-        return images, None
+        return
     if labels.is_floating_point() or labels.is_complex() or not labels.dim() or len(labels) != len(images):
         raise CommandError(
             f"--data: {path}: labels are {labels.dtype} {tuple(labels.shape)}; expected one class number for each of "
             f"the {len(images)} images"
         )
-    return images, labels.long()
 
 
 def _refuse_bomb(path: Path) -> None:
-    """A small archive that fills the memory when it is read."""
+    """A small archive that fills the memory when it is read, or whose table of contents takes seconds to read."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - _TABLE_BYTES))
+        if file.read().count(b"PK\x01\x02") > _MOST_ARRAYS:
+            raise ValueError(f"it holds more than {_MOST_ARRAYS:,} arrays")
     with zipfile.ZipFile(path) as archive:
-        if any(info.file_size > max(_MOST_COMPRESSED * info.compress_size, 2**30) for info in archive.infolist()):
+        if any(info.file_size > max(_MOST_COMPRESSED * info.compress_size, 2**27) for info in archive.infolist()):
             raise ValueError(f"it is compressed to less than 1/{_MOST_COMPRESSED}, which no images are")
+
+
+def _promised(path: Path) -> dict[str, Tensor]:
+    """What a .npz file says of its arrays: zeros of their types and shapes, which take no memory."""
+    found = {}
+    with zipfile.ZipFile(path) as archive:
+        for name in {f"{name}.npy" for name in _ARRAYS} & set(archive.namelist()):
+            with archive.open(name) as file:
+                read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                shape, _, dtype = read[np.lib.format.read_magic(file)](file)
+            found[name.removesuffix(".npy")] = torch.from_numpy(np.zeros((), dtype)).expand(shape)
+    return found
 
 
 def resolve_device(name: str) -> torch.device:

@@ -21,6 +21,7 @@ import torch
 from torch.export import ExportedProgram
 
 from ..errors import ExportError
+from ..tensor_files import read_torch, record_size
 
 _MAX_GRAPH = 64 * 2**20  # bytes of JSON; VMamba-B's graph takes about 2 MiB
 _MAX_EXTRA = 4 * 2**20
@@ -88,9 +89,8 @@ def _vet(content: bytes) -> dict[str, str]:
     reader = torch._C.PyTorchFileReader(io.BytesIO(content))
     if set(reader.get_all_records()) != set(records):
         raise _Refused("its two tables of contents differ")
-    size_of = getattr(reader, "get_record_size", lambda name: len(reader.get_record(name)))  # older PyTorch has no such
     for name, size in records.items():
-        if size_of(name) != size:
+        if record_size(reader, name) != size:
             raise _Refused(f"two sizes are given for {name}")
     if "models/model.json" not in records:
         raise _Refused("it holds no model")
@@ -139,7 +139,7 @@ def _json(reader: Any, records: dict[str, int], name: str) -> Any:
 
 def _vet_pickle(content: bytes, name: str) -> None:
     try:
-        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True) if content else None
+        read_torch(io.BytesIO(content)) if content else None
     except Exception:
         raise _Refused(f"{name} holds Python objects, which could run code") from None
 

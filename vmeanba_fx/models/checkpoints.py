@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import VMeanbaError
+from ..tensor_files import read_safetensors, read_torch
 
 CONTAINERS = ("model", "state_dict", "model_ema")
 # Names of older releases -> names of the current one.
@@ -48,7 +49,7 @@ def read_checkpoint(path: str | Path, key: str | None = None) -> dict[str, Tenso
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
     if path.suffix == ".safetensors":
-        content: object = _guarded(path, lambda: load_file(path))
+        content: object = _guarded(path, lambda: read_safetensors(path))
     else:
         content = _guarded(path, lambda: _read_torch(path))
     if not isinstance(content, Mapping):
@@ -73,8 +74,8 @@ def _is_plain(value: object) -> bool:
 
 
 def _read_torch(path: Path) -> object:
-    with torch.serialization.safe_globals(_INERT):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals(_INERT), open(path, "rb") as file:
+        return read_torch(file)
 
 
 def _guarded(path: Path, read) -> object:
