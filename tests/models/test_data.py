@@ -63,7 +63,7 @@ def damaged(good: bytes) -> dict[str, tuple[bytes, str]]:
         "too long": (good + b"\x00", "header says"),
         "huge header": (good[:4] + b"\xff" * 12 + good[16:], "header says"),
         "truncated gzip": (packed[: len(packed) // 2], "gzip"),
-        "corrupt gzip": (packed[:20] + b"\x00" * 20 + packed[40:], "gzip"),
+        "corrupt gzip": (packed[:20] + b"\x00" * 20 + packed[40:], "gzip|header says"),
     }
 
 
