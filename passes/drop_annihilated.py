@@ -24,7 +24,7 @@ from __future__ import annotations
 from torch import fx
 
 from vmeanba_fx.analysis.regions import is_annihilated, is_linear_in
-from vmeanba_fx.graph import Emitter, aten, graph_modules, remove_dead_code, value
+from vmeanba_fx.graph import SITE, Emitter, aten, graph_modules, remove_dead_code, value
 
 from .mean_scan import BROADCAST
 
@@ -57,7 +57,7 @@ def _leave_out(zero: fx.Node) -> None:
         other = _other_summand(user, zero)
         if other is not None:
             if BROADCAST in zero.meta:
-                other.meta[SKIP] = zero.meta[BROADCAST]
+                other.meta |= {SKIP: zero.meta[BROADCAST], SITE: zero.meta[SITE]}
             user.replace_all_uses_with(other)
         elif is_linear_in(user, zero):
             _leave_out(user)

@@ -25,10 +25,9 @@ from torch import fx
 
 from vmeanba_fx.analysis.cross_scan import CrossScan, Merge, Projections, find_cross_scan, find_merge, find_projections
 from vmeanba_fx.analysis.evaluate import Unprovable, evaluate, is_parameter_only
-from vmeanba_fx.graph import SITE, Emitter, aten, scan_nodes, value
+from vmeanba_fx.graph import SITE, Emitter, aten, group_shape, scan_arguments, scan_nodes, value
 
 from .fused_site import channel_first, follow_weights, fuse_each, make_buffer, restore_shape
-from .mean_scan import group_shape, scan_arguments
 
 NAME = "fuse_ss2d"
 # The CUDA kernel loads the features of a position as 16-byte words: per direction they are padded to 8 halves.

@@ -22,10 +22,19 @@ from torch import fx
 
 from vmeanba_fx.analysis.cross_scan import map_behind
 from vmeanba_fx.analysis.evaluate import Unprovable, depends_on
-from vmeanba_fx.graph import NOT_FUSED, Emitter, aten, downstream, remove_dead_code, scan_nodes, value
+from vmeanba_fx.graph import (
+    NOT_FUSED,
+    Emitter,
+    aten,
+    downstream,
+    group_shape,
+    remove_dead_code,
+    scan_arguments,
+    scan_nodes,
+    value,
+)
 
 from .fuse_ss2d import fuse_site
-from .mean_scan import group_shape, scan_arguments
 
 NAME = "join_scans"
 _JOINED = {"u": 1, "delta": 1, "A": 0, "B": 1, "C": 1, "delta_bias": 0}

@@ -25,8 +25,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import fx
 
-from vmeanba_fx.errors import PassError, SiteError
-from vmeanba_fx.graph import SITE, Emitter, arguments, aten, find_scan, remove_dead_code, value
+from vmeanba_fx.errors import PassError
+from vmeanba_fx.graph import Emitter, aten, find_scan, group_shape, remove_dead_code, scan_arguments, value
 
 Mean = Literal["direction", "all", "input"]
 NAME = "mean_scan"
@@ -74,21 +74,6 @@ def _describe(out: fx.Node, args: dict[str, Any], mean: Mean) -> None:
     names = {n: args[n].name for n in ("u", "delta", "A", "B", "C")}
     bias = None if args["delta_bias"] is None else args["delta_bias"].name
     node.meta[BLOCK] = {**names, "bias": bias, "softplus": args["delta_softplus"], "all": mean == "all"}
-
-
-def scan_arguments(scan: fx.Node) -> dict[str, Any]:
-    """Arguments of a selective-scan node by name. Captured scans carry neither D nor z: they are nodes of their own."""
-    bound = arguments(scan)
-    if bound.pop("D") is not None or bound.pop("z") is not None:
-        raise SiteError(f"{scan.meta.get(SITE, scan.name)}: D or z lies inside the scan node; capture the model again")
-    bound["delta_softplus"] = bool(bound["delta_softplus"])
-    return bound
-
-
-def group_shape(u: torch.Tensor, B: torch.Tensor) -> tuple[int, int]:
-    """(K, D) of a scan from its u (B, K*D, L) and B (B, K, N, L)."""
-    groups = int(B.shape[1])
-    return groups, int(u.shape[1]) // groups
 
 
 def mean_block(

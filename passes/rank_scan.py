@@ -25,10 +25,8 @@ from torch import Tensor, fx
 
 from vmeanba_fx.errors import SiteError
 from vmeanba_fx.fitting.rank_block import RankFit, rank_block
-from vmeanba_fx.graph import SITE, Emitter, aten, find_scan, remove_dead_code, value
+from vmeanba_fx.graph import SITE, Emitter, aten, find_scan, group_shape, remove_dead_code, scan_arguments, value
 from vmeanba_fx.sites import skip_product
-
-from .mean_scan import group_shape, scan_arguments
 
 NAME = "rank_scan"
 RANK = "vmeanba_fx.rank"

@@ -35,8 +35,14 @@ def test_what_is_no_model(model):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_scripted_model():
-    with pytest.raises(CaptureError, match=r"is no nn\.Module"):
+    with pytest.raises(CaptureError, match=r"a TorchScript module cannot be captured: give the nn\.Module"):
         vmeanba_fx.capture(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), torch.ones(2, 2))
+
+
+def test_an_exported_program_of_another_batch(captured):
+    program = torch.export.export(captured, (zoo.images(4),))
+    with pytest.raises(CaptureError, match=r"does not take these inputs \(\(3, 3, 12, 20\)\): x\.size\(\)\[0\] == 4"):
+        calibrate(program, [zoo.images(3)])
 
 
 def test_a_model_that_was_not_captured():
@@ -96,7 +102,7 @@ def test_batches_that_are_none(captured, batch, told):
 
 
 def test_a_batch_in_place_of_the_loader(captured):
-    with pytest.raises(CalibrationError, match=r"batch 1 \(\(4,\)\) does not fit the captured graph"):
+    with pytest.raises(CalibrationError, match=r"wrap it in a list, \[\(inputs, labels\)\]"):
         calibrate(captured, LOADER[0])
 
 

@@ -203,6 +203,18 @@ def test_report(plan, results, exact):
     assert one.flops_replaced() < literal.flops_after - sizes["blocks.1.op"][1] - sizes["blocks.2.op"][0]
 
 
+def test_a_notebook_shows_tables(plan, results):
+    report = vmeanba_fx.report(results["some"])
+    assert repr(report) == str(report) and repr(plan) == str(plan)
+    assert repr(vmeanba_fx.find_sites(plan.graph)).startswith("site ")
+
+
+def test_what_was_not_fused_has_the_name_of_its_site():
+    model = vmeanba_fx.capture(zoo.tiny(2, directions=4), zoo.images(2), dynamic_size=True)
+    gm = vmeanba_fx.transform(model, [zoo.images(2)], sites=["blocks.0.op"])
+    assert vmeanba_fx.report(gm).unfused == dict.fromkeys(["blocks.0.op", "blocks.1.op"], "height or width is dynamic")
+
+
 def test_other_graphs_carry_no_report(plan):
     for gm in (plan.graph, fx.symbolic_trace(nn.ReLU())):
         with pytest.raises(VMeanbaError, match=r"was not made by vmeanba_fx\.transform"):

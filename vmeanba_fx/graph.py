@@ -137,6 +137,21 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return {a.name: given.get(a.name, a.default_value) for a in schema}
 
 
+def scan_arguments(scan: fx.Node) -> dict[str, Any]:
+    """Arguments of a selective-scan node by name. Captured scans carry neither D nor z: they are nodes of their own."""
+    bound = arguments(scan)
+    if bound.pop("D") is not None or bound.pop("z") is not None:
+        raise SiteError(f"{scan.meta.get(SITE, scan.name)}: D or z lies inside the scan node; capture the model again")
+    bound["delta_softplus"] = bool(bound["delta_softplus"])
+    return bound
+
+
+def group_shape(u: torch.Tensor, B: torch.Tensor) -> tuple[int, int]:
+    """(K, D) of a scan from its u (B, K*D, L) and B (B, K, N, L)."""
+    groups = int(B.shape[1])
+    return groups, int(u.shape[1]) // groups
+
+
 def concrete_sizes(t: torch.Tensor) -> tuple[int, ...]:
     """Sizes of a (fake) tensor; a dynamic one is taken at the value it was traced with.
 

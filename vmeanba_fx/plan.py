@@ -82,10 +82,10 @@ class Plan:
     apart: list[bool] = field(default_factory=list)
     group_by: str | None = None
     curve: Curve | None = None
-    graph: fx.GraphModule | None = field(default=None, repr=False, compare=False)
-    data: Batches | None = field(default=None, repr=False, compare=False)
-    fits: dict[str, RankFit] = field(default_factory=dict, repr=False, compare=False)
-    times: Times | None = field(default=None, repr=False, compare=False)
+    graph: fx.GraphModule | None = field(default=None, compare=False)
+    data: Batches | None = field(default=None, compare=False)
+    fits: dict[str, RankFit] = field(default_factory=dict, compare=False)
+    times: Times | None = field(default=None, compare=False)
 
     # -- scores and choice ------------------------------------------------------------------------------------------
 
@@ -320,6 +320,8 @@ class Plan:
 
     def __str__(self) -> str:
         return plan_text(self)
+
+    __repr__ = __str__  # what a notebook shows
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the graph and times, JSON-ready."""

@@ -56,7 +56,7 @@ class Report:
     flops_before: int
     flops_after: int
     passes: tuple[PassRecord, ...]
-    table: str = field(repr=False)
+    table: str
     ranks: dict[str, int] = field(default_factory=dict)
     refitted: tuple[str, ...] = ()
     unfused: dict[str, str] = field(default_factory=dict)
@@ -100,6 +100,8 @@ class Report:
             *(f"{site}: not fused, {why}" for site, why in self.unfused.items()),
         ]
         return "\n".join(lines)
+
+    __repr__ = __str__  # what a notebook shows
 
     def to_dict(self) -> dict[str, Any]:
         return {

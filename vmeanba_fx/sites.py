@@ -94,6 +94,8 @@ class SiteList(list[Site]):
         lines = [tabulate(rows, head)] + [f"{name}: not a site, {why}" for name, why in self.refused]
         return "\n".join(lines)
 
+    __repr__ = __str__  # what a notebook shows
+
 
 @one_at_a_time
 def find_sites(gm: fx.GraphModule, *, probe: bool = True) -> SiteList:

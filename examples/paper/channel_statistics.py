@@ -17,10 +17,10 @@ import torch
 from common import TASKS, Task, pick
 from results import drawn, parser, read_csv, write_csv, write_markdown
 from torch import Tensor, fx
-from vmeanba_fx.passes.mean_scan import mean_scan_tensors, scan_arguments
+from vmeanba_fx.passes.mean_scan import mean_scan_tensors
 
 import vmeanba_fx
-from vmeanba_fx.graph import SITE, aten, scan_nodes
+from vmeanba_fx.graph import SITE, aten, scan_arguments, scan_nodes
 
 RANKS = (1, 4, 16)
 

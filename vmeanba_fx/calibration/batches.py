@@ -30,6 +30,9 @@ class Batches:
     ) -> None:
         if isinstance(loader, Tensor):
             raise CalibrationError("the loader is a tensor: wrap it in a list, [images], to make it one batch")
+        pair = loader if isinstance(loader, (tuple, list)) and len(loader) == 2 else ()
+        if len({t.dim() for t in pair if isinstance(t, Tensor)}) == 2:
+            raise CalibrationError("the loader is inputs and labels, one batch alone: wrap it in a list, [(inputs, labels)]")
         if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
             raise CalibrationError(f"the loader is a {type(loader).__name__}: give something that yields batches")
         self.seed = seed
@@ -130,12 +133,6 @@ def describe_inputs(batch: Batch) -> list[dict[str, Any]]:
         else:
             return []
     return out
-
-
-def shapes(batch: Batch) -> str:
-    """Shapes of a batch's inputs, for messages."""
-    leaves = pytree.tree_leaves((batch.args, batch.kwargs))
-    return ", ".join(str(tuple(t.shape)) for t in leaves if isinstance(t, Tensor))
 
 
 @contextlib.contextmanager

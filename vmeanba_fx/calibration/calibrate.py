@@ -41,7 +41,7 @@ __all__ = ["calibrate"]
 
 def calibrate(
     model: nn.Module | fx.GraphModule | ExportedProgram,
-    loader: Iterable[Any],
+    calib_loader: Iterable[Any],
     *,
     metric: str | Callable[..., Any] | None = None,
     mean: Mean = "direction",
@@ -68,7 +68,7 @@ def calibrate(
 
     Args:
         model: any model :func:`vmeanba_fx.capture` takes; it is not changed.
-        loader: batches of inputs, with or without labels (see :func:`.metrics.unpack`).
+        calib_loader: batches of inputs, with or without labels (see :func:`.metrics.unpack`).
         metric: ``"accuracy"``, ``"loss"``, ``"kl"``, all three of class scores (batch, classes, ...), or
             ``callable(outputs, batch) -> float tensor``, for language models and regression; by default accuracy (with
             gradients, loss) where there are labels and kl where there are none. Labels of -100 are left out, boolean
@@ -118,7 +118,7 @@ def calibrate(
     if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
         raise CalibrationError(f"max_batches={max_batches!r}: give a whole number of at least 1, or None for all")
     with seeded(seed):
-        batches = Batches(loader, transform_fn, max_batches, seed)
+        batches = Batches(calib_loader, transform_fn, max_batches, seed)
         with torch.random.fork_rng(devices=[]):  # a second pass over the loader, without a capture, draws the same
             gm = capture(model, batches.first.args, batches.first.kwargs, dynamic_size=dynamic_size)
             sites = find_sites(gm)

@@ -10,8 +10,8 @@ from torch import Tensor, fx
 
 from ..errors import CalibrationError
 from ..fitting.rank_block import RankFit, rank_scan_tensors
-from ..graph import SITE, copy_graph, find_scan, graph_modules, read_attribute
-from ..passes.mean_scan import Mean, mean_scan, mean_scan_tensors, scan_arguments
+from ..graph import SITE, copy_graph, find_scan, graph_modules, read_attribute, scan_arguments
+from ..passes.mean_scan import Mean, mean_scan, mean_scan_tensors
 from ..passes.rank_scan import rank_scan
 from ..passes.refit import weight_position
 from ..sites import Site

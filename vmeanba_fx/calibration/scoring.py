@@ -12,9 +12,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from ..capturing.capture import capture_info
+from ..capturing.examples import shapes_of
 from ..errors import CalibrationError, PlanError
 from ..sites import Site
-from .batches import Batches, shapes
+from .batches import Batches
 from .execute import Executor, State
 from .metrics import Batch, Metric, kl, values_of
 from .replacing import Point, Replacer
@@ -39,9 +40,9 @@ class Runner:
             outputs, state = self.executor.run(*batch.args, **batch.kwargs)
         except Exception as error:  # guards of the graph and operators raise whatever they like
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
-            notes = capture_info(self.gm).notes
+            sizes, notes = shapes_of((batch.args, batch.kwargs)), capture_info(self.gm).notes
             raise CalibrationError(
-                f"batch {index} ({shapes(batch)}) does not fit the captured graph: {'; '.join((why, *notes))}"
+                f"batch {index} ({sizes}) does not fit the captured graph: {'; '.join((why, *notes))}"
             ) from error
         require_finite(outputs, f"the model's outputs on calibration batch {index}", lambda: self._first_bad(batch))
         values, weight = values_of(self.metric, outputs, batch, outputs)

@@ -36,7 +36,7 @@ from .confinement import capturing, forget_sizes, on_the_cpu, one_at_a_time
 from .copies import device_of, move_to_device, private_copy
 from .discovery import Discovery
 from .emission import emit_scan, module_stack
-from .examples import batch_size, with_batch
+from .examples import batch_size, shapes_of, with_batch
 from .guards import drop_implied_bounds, drop_needless_guards, failed_guard
 from .intercept import Interception, intercept
 from .registry import ScanCall, is_scan
@@ -122,7 +122,9 @@ def capture(
         return _from_exported(model, args, kwargs)
     if is_captured(model):
         return copy_graph(model)
-    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError("a TorchScript module cannot be captured: give the nn.Module that it was made from")
+    if not isinstance(model, nn.Module):
         raise CaptureError(f"{model!r:.60} is no nn.Module, traced GraphModule or ExportedProgram")
     if "_orig_mod" in model._modules:  # what torch.compile(model) wraps
         model = model._modules["_orig_mod"]
@@ -229,6 +231,11 @@ def _from_exported(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict
             "the ExportedProgram holds no vmeanba_fx op: its scans were traced into other operators; "
             "call vmeanba_fx.capture() on the nn.Module instead, which keeps each scan as one node"
         )
+    if (args or kwargs) and (guard := failed_guard(gm, args, kwargs)):
+        raise CaptureError(
+            f"the ExportedProgram does not take these inputs ({shapes_of((args, kwargs))}): {guard} does not hold; give inputs "
+            "like those it was exported with, or export it with dynamic_shapes"
+        )
     return reopened(program, args, kwargs)
 
 
@@ -296,8 +303,7 @@ def _export(
         except CaptureError:  # of ours, and a sentence already
             raise
         except Exception as error:
-            sizes = ", ".join(str(tuple(t.shape)) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
-            message = f"{name} {what} ({sizes}): {type(error).__name__}: {_quoted(error)}"
+            message = f"{name} {what} ({shapes_of((args, kwargs))}): {type(error).__name__}: {_quoted(error)}"
             raise CaptureError("; ".join([message, *_hints(message, interception, found, stacks)])) from error
 
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -31,3 +31,8 @@ def with_batch(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, wanted
         return t[rows].clone()
 
     return pytree.tree_map_only(Tensor, resize, (args, kwargs))
+
+
+def shapes_of(inputs: Any) -> str:
+    """Shapes of the tensors in ``inputs``, for messages."""
+    return ", ".join(str(tuple(t.shape)) for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor))

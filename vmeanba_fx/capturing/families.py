@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .registry import _SPECS, Refusal, ScanCall, ScanSpec, compute_dtype, register_scan
+from .registry import Refusal, ScanCall, ScanSpec, add_family, compute_dtype, register_scan
 
 _OPTIONS = ("D", "z", "delta_bias", "delta_softplus", "return_last_state", "oflex", "backend", "nrows", "backnrows")
 
@@ -214,7 +214,7 @@ def _by_part(a: Mapping[str, Any]) -> ScanCall:
 
 def _register_builtin() -> None:
     generic = "parts of a scan by their usual names"
-    _SPECS[generic] = ScanSpec(generic, (), frozenset(), _by_part, recognise=_has_the_parts, proof=True)
+    add_family(ScanSpec(generic, (), frozenset(), _by_part, recognise=_has_the_parts, proof=True))
     parts = ("u", "delta", "A", "B", "C")
     register_scan("2-D selective scan", parameters=parts, optional=(*_OPTIONS, "HH", "WW"), adapt=_two_dimensional)
     register_scan(
@@ -239,8 +239,7 @@ def _register_builtin() -> None:
         optional=("z", "delta_bias", "delta_softplus", "return_last_state", "lag"),
         adapt=_state_only,
     )
-    chunked = "chunked scan (Mamba-2)"
-    _SPECS[chunked] = ScanSpec(chunked, (), frozenset(), _chunked, recognise=_is_chunked)
+    add_family(ScanSpec("chunked scan (Mamba-2)", (), frozenset(), _chunked, recognise=_is_chunked))
 
 
 _register_builtin()

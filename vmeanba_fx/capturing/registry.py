@@ -119,15 +119,23 @@ def register_scan(
             adapt=lambda a: vmeanba_fx.ScanCall(a["x"], a["dt"], a["A"], a["B"], a["C"], delta_softplus=True),
         )
     """
-    if name in _SPECS:
-        raise ValueError(f"a scan named {name!r} is registered already; unregister_scan({name!r}) removes it")
     if target is None and not parameters:
         raise ValueError(f"register_scan({name!r}): give the function itself (target=...) or its parameters=(...)")
     for what, given in (("target", target), ("adapt", adapt)):
         if not callable(given) and (given is not None or what == "adapt"):
             raise TypeError(f"register_scan({name!r}): {what}={given!r} is not callable")
-    spec = ScanSpec(name, tuple(parameters or ()), frozenset(optional), adapt, target)
-    _SPECS[name] = spec
+    return add_family(ScanSpec(name, tuple(parameters or ()), frozenset(optional), adapt, target))
+
+
+def add_family(spec: ScanSpec) -> ScanSpec:
+    """What :func:`register_scan` ends with, for families that are recognised in ways it has no option for.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if spec.name in _SPECS:
+        raise ValueError(f"a scan named {spec.name!r} is registered already; unregister_scan({spec.name!r}) removes it")
+    _SPECS[spec.name] = spec
     return spec
 
 

@@ -14,7 +14,7 @@ import secrets
 import stat
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from ..capturing.capture import capture, capture_info, is_captured, reopened
 from ..capturing.confinement import one_at_a_time
 from ..capturing.copies import device_of
+from ..capturing.examples import batch_size, with_batch
 from ..capturing.guards import failed_guard
 from ..errors import ExportError, PlanError, VMeanbaError
 from ..files import BAD_PATH, parse_json, reason, unwritable
@@ -36,11 +37,9 @@ from ..ops.decompositions import decompose
 from ..plan import Plan
 from ..report import Report, attach_plan, attach_report, plan_of, report
 from .archive import read_program
-from .formats import FORMS, write_aoti, write_onnx, write_pt2
+from .formats import FORMS, Run, write_aoti, write_onnx, write_pt2
 
 __all__ = ["Exported", "Loaded", "export", "load"]
-
-Run = Callable[..., list[Tensor]]
 
 _BATCHES = (1, 3)  # batch sizes a file with a dynamic batch must run besides its own
 _FORMATS = {"pt2": write_pt2, "aoti": write_aoti, "onnx": write_onnx}
@@ -255,19 +254,8 @@ def _inputs(gm: fx.GraphModule, given: Any) -> tuple[tuple[Any, ...], dict[str, 
     inputs = pytree.tree_map_only(Tensor, lambda t: t.detach().to(device), inputs)
     if guard := failed_guard(gm, *inputs):
         raise ExportError(f"the example inputs are not such as the graph takes: {guard} does not hold")
-    own = _own_batch(inputs)
-    return _with_batch(inputs, own, 2) if info.batch_dynamic and own == 1 else inputs
-
-
-def _own_batch(inputs: Any) -> int:
-    return next(t.shape[0] for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.dim())
-
-
-def _with_batch(inputs: Any, own: int, batch: int) -> Any:
-    def rows(t: Tensor) -> Tensor:
-        return t[torch.arange(batch, device=t.device) % own] if t.dim() and t.shape[0] == own else t
-
-    return pytree.tree_map_only(Tensor, rows, inputs)
+    own = batch_size(*inputs)
+    return with_batch(*inputs, own, 2) if info.batch_dynamic and own == 1 else inputs
 
 
 def _refuse_dynamic_size(gm: fx.GraphModule, format: str) -> None:
@@ -312,11 +300,11 @@ def _verify(
     gm: fx.GraphModule, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any], format: str
 ) -> tuple[tuple[int, ...], float]:
     """Batch sizes at which the file was run, and its largest error; raises ExportError where that is too large."""
-    own = _own_batch((args, kwargs))
+    own = batch_size(args, kwargs)
     batches = tuple(dict.fromkeys((own, *_BATCHES))) if capture_info(gm).batch_dynamic else (own,)
     worst = 0.0
     for batch in batches:
-        a, k = _with_batch((args, kwargs), own, batch)
+        a, k = with_batch(args, kwargs, own, batch)
         with torch.no_grad():
             expected = [t for t in pytree.tree_leaves(gm(*a, **k)) if isinstance(t, Tensor)]
             try:
@@ -326,10 +314,10 @@ def _verify(
         if [f.shape for f in found] != [e.shape for e in expected]:
             raise ExportError(f"the {format} file gives other outputs than the graph at batch {batch}")
         for f, e in zip(found, expected, strict=True):
-            error = relative_error(f.to(e.device), e)
-            if not error <= _TOLERANCE[format].get(e.dtype, 2e-2):
-                raise ExportError(f"the {format} file differs from the graph by {error:.1e} (relative, batch {batch})")
-            worst = max(worst, error)
+            off = relative_error(f.to(e.device), e)
+            if not off <= _TOLERANCE[format].get(e.dtype, 2e-2):
+                raise ExportError(f"the {format} file differs from the graph by {off:.1e} (relative, batch {batch})")
+            worst = max(worst, off)
     return batches, worst
 
 

@@ -24,9 +24,8 @@ from ..analysis.evaluate import Unprovable
 from ..calibration.batches import Batches
 from ..calibration.execute import Executor
 from ..errors import CalibrationError, NoSitesError, SiteError
-from ..graph import SITE, find_scan, scan_nodes, value
+from ..graph import SITE, find_scan, group_shape, scan_arguments, scan_nodes, value
 from ..ops.directions import inverse_table
-from ..passes.mean_scan import group_shape, scan_arguments
 from ..sites import Site, SiteList, skip_product
 from .least_squares import Layout, LowRank, Sums, Weighting, auto_rank, fit_low_rank, halves_of
 from .rank_block import RankFit, call, shared_step
