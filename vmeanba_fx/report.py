@@ -15,6 +15,7 @@ from .graph import NOT_FUSED, REPORT, SITE, graph_modules
 from .passes.manager import PassRecord
 
 if TYPE_CHECKING:
+    from .calibration.curve import Curve
     from .plan import Plan
 
 __all__ = ["Report", "report"]
@@ -73,10 +74,12 @@ class Report:
         cleaned = any(r.name == "drop_annihilated" for r in records)
         after = sum(s.flops() if s.name not in chosen else plan.flops_replaced(s, cleaned) for s in plan.sites)
         before = sum(s.flops() for s in plan.sites)
+        by_drop = max_drop is not None and plan.curve is not None
+        judgement = judged(plan, plan.curve, len(chosen), max_drop) if by_drop else ""
         return cls(
             tuple(chosen), plan.metric, plan.base, impacts, plan.mean, before, after, tuple(records), plan.table(chosen),
             {name: plan.fits[name].rank for name in chosen if name in plan.fits}, tuple(map(str, refitted)),
-            reasons(gm), speed, "" if max_drop is None else judged(plan, chosen, max_drop),
+            reasons(gm), speed, judgement,
         )  # fmt: skip
 
     @property
@@ -147,9 +150,8 @@ def reasons(gm: fx.GraphModule) -> dict[str, str]:
     return {str(n.meta.get(SITE, n.name)): n.meta[NOT_FUSED] for n in nodes}
 
 
-def judged(plan: Plan, chosen: list[str], max_drop: float) -> str:
-    """How a choice by ``max_drop`` came about, and whether the held-out half was large enough for it."""
-    curve, count = plan.curve, len(chosen)
+def judged(plan: Plan, curve: Curve, count: int, max_drop: float) -> str:
+    """How a choice of ``count`` sites by ``max_drop`` came about, and whether the held-out half was large enough for it."""
     step = next((j for j in range(len(curve.order)) if sum(map(len, curve.order[: j + 1])) == count), None)
     text = f"max_drop {max_drop:g} on {curve.samples} held-out samples: "
     if step is None:
@@ -231,7 +233,7 @@ def plan_text(plan: Plan) -> str:
         text = "one of them does not vary" if found is None else f"rank correlation {found:.2f} (Spearman)"
         lines.append(f"gradient against measured impact: {text}")
     if plan.curve is not None:
-        lines.append(_curve_table(plan))
+        lines.append(_curve_table(plan, plan.curve))
     lines += [f"{name}: not a site, {why}" for name, why in plan.refused]
     return "\n".join(lines)
 
@@ -250,9 +252,8 @@ def _alike(plan: Plan) -> str:
     return "; ".join(" ~ ".join(run) for run in runs if len(run) > 1)
 
 
-def _curve_table(plan: Plan) -> str:
+def _curve_table(plan: Plan, curve: Curve) -> str:
     """The metric with the first 1, 2, ... units of the curve replaced together."""
-    curve = plan.curve
     how = "in greedy order" if curve.greedy else "in the order of their impacts on the other images"
     if curve.base is None:
         judged = "on the images that the order was chosen on (nothing was held out)"

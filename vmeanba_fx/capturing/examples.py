@@ -21,7 +21,9 @@ def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return sizes[0]
 
 
-def with_batch(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, wanted: int) -> Any:
+def with_batch(
+    args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, wanted: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The example inputs at batch ``wanted``: the first rows, repeated where there are too few."""
 
     def resize(t: Tensor) -> Tensor:

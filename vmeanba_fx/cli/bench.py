@@ -130,7 +130,7 @@ def _model_rows(
         threads = torch.get_num_threads()
         timing = Timer("run(images)", globals={"run": run, "images": images}, num_threads=threads)
         measured = timing.blocked_autorange(min_run_time=args.min_time)
-        found = report(form if k is not None else plain)
+        found = report(plain if k is None else graphs[k])
         median, spread = 1e3 * measured.median, 1e3 * measured.iqr
         speedup = rows[0].milliseconds / median if rows else 1.0
         flops = found.flops_before if k is None else found.flops_after

@@ -48,10 +48,10 @@ def kernel_rows(
         counts[shape] = counts.get(shape, 0) + 1
     rows = []
     for (groups, channels, state, length), count in counts.items():
-        times = [
+        full, one = (
             _check_and_time((batch, groups, width, state, length), dtype, device, min_time) for width in (channels, 1)
-        ]
-        rows.append(KernelRow(count, batch, groups, channels, state, length, *times, times[0] / times[1]))
+        )
+        rows.append(KernelRow(count, batch, groups, channels, state, length, full, one, full / one))
     return rows
 
 
