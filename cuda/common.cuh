@@ -6,6 +6,8 @@ typedef unsigned short ushort_t;
 typedef unsigned int uint_t;
 typedef long long int64;
 
+__device__ __forceinline__ uint_t shared_address(const void *p) { return (uint_t)__cvta_generic_to_shared(p); }
+
 template <int CODE> struct Element;
 
 template <> struct Element<0> {

@@ -19,91 +19,15 @@
 // COLUMNS_TILE, SKEW, SUM_CAP, DIRECTIONS), otherwise they are read from Params.
 //
 // Macros: BAKED; U_TYPE, DELTA_TYPE, B_TYPE, C_TYPE, OUT_TYPE (LINEAR: DELTA_TYPE is a, B_TYPE is b, U_TYPE unused); LINEAR;
-// NSTATE states per block; RANK channels per block; TEAM_THREADS, TEAMS, ITEMS (8 or 16); STAGES, 1 only with BULK; ONE_U: then
-// all directions read the same u, which is fetched once; PAIR states per step; RESCAN; CAP: elements of a tile with its skew; COPY:
-// bytes per cp.async, 0 for any strides; BULK: bulk copies; LOOPS: a team has more steps than stages (with BULK it then has a warp
-// more, which fetches); SOFTPLUS; MERGE; TABLE: order given as an index table.
+// NSTATE states per block; RANK channels per block; TEAM_THREADS, TEAMS, ITEMS (8 or 16); STAGES, 1 only with BULK; PAIR states per
+// step; RESCAN; CAP: elements of a tile with its skew; COPY: bytes per cp.async, 0 for any strides; BULK: bulk copies; LOOPS: a team
+// has more steps than stages (with BULK it then has a warp more, which fetches); SOFTPLUS; MERGE; TABLE: order given as an index table.
 #include "common.cuh"
-
-struct Params {
-    int64 u, delta, A, B, C, delta_bias, out, table;
-    int64 directions, groups, states, parts, rank, height, width, rows_tile, columns_tile, skew, sum_cap;
-    int64 u_b, u_k, u_r, u_h, u_w, delta_b, delta_k, delta_n, delta_h, delta_w;
-    int64 B_b, B_k, B_r, B_n, B_h, B_w, C_b, C_k, C_n, C_h, C_w;
-};
-
-#if BAKED
-#define SIZE(constant, field) (constant)
-#else
-#define SIZE(constant, field) ((int)p.field)
+#include "shared_scan_params.cuh"
+#include "shared_scan_sizes.cuh"
+#if BULK
+#include "bulk.cuh"
 #endif
-#define HEIGHT_OF SIZE(HEIGHT, height)
-#define WIDTH_OF SIZE(WIDTH, width)
-#define LENGTH_OF (HEIGHT_OF * WIDTH_OF)
-#define GROUPS_OF SIZE(GROUPS, groups)
-#define ROWS_OF SIZE(ROWS_TILE, rows_tile)
-#define COLUMNS_OF SIZE(COLUMNS_TILE, columns_tile)
-#define SKEW_OF SIZE(SKEW, skew)
-// A gap after as many lines as a thread takes of a column; then half as many floats do what SKEW halves do.
-#if BAKED && ITEMS == 16 && HEIGHT % 16 == 0
-#define SKEW_LINES 16
-#define SUM_SKEW (SKEW_OF / 2)
-#else
-#define SKEW_LINES 8
-#define SUM_SKEW SKEW_OF
-#endif
-// Which ways of reading a tile can occur: kinds of `Steps`.
-#define LINES 0
-#define COLUMNS 1
-#define SCATTERED 2
-#if BAKED
-#define MAYBE_COLUMNS (!TABLE && (DIRECTIONS & 0x1111111111111111ull) != 0)
-#define MAYBE_SCATTERED                                                                                              \
-    (TABLE || (DIRECTIONS & 0x4444444444444444ull) != 0 || (MAYBE_COLUMNS && HEIGHT % 8 != 0) ||                     \
-     ((DIRECTIONS & 0x2222222222222222ull) != 0 && HEIGHT * WIDTH % 8 != 0))
-#else
-#define MAYBE_COLUMNS 1
-#define MAYBE_SCATTERED 1
-#endif
-#define ONE_TILE (ROWS_OF >= LENGTH_OF && COLUMNS_OF >= WIDTH_OF)
-// Elements in a line of a tile of columns; a constant where that is faster: not for whole maps, as measured.
-#if BAKED
-#define COLUMN_LINE(line) (!ONE_TILE && WIDTH % COLUMNS_TILE == 0 ? COLUMNS_TILE : line)
-#else
-#define COLUMN_LINE(line) line
-#endif
-// Every step of every thread lies within its tile.
-#if BAKED
-#define WHOLE_TILES                                                                                              \
-    (TEAM_THREADS * ITEMS == ROWS_TILE && HEIGHT * WIDTH % ROWS_TILE == 0 &&                                     \
-     (!MAYBE_COLUMNS || (HEIGHT * COLUMNS_TILE == ROWS_TILE && WIDTH % COLUMNS_TILE == 0)))
-#else
-#define WHOLE_TILES 0
-#endif
-#define TEAM_WARPS (TEAM_THREADS / 32)
-#define WARP_SLOTS (TEAM_WARPS > 16 ? 32 : TEAM_WARPS > 8 ? 16 : TEAM_WARPS > 4 ? 8 : TEAM_WARPS > 2 ? 4 : TEAM_WARPS)
-#define PRODUCER (BULK && LOOPS)
-#define SHARERS (STAGES == 1 ? TEAMS * TEAM_WARPS : TEAM_WARPS)  // warps that share the fetching before the loop
-#define THREADS (TEAMS * (TEAM_THREADS + 32 * PRODUCER))
-#define FULL 0xffffffffu
-// y was made with dt in base 2.
-#define OUT_SCALE (LINEAR ? 1.f : LN2)
-// What a span of steps multiplies a state with is 2 to the power of A times its sum of dt. With several states those sums are
-// made once and serve all of them; with one, or where only the factors are given, factors are multiplied up.
-#define SUMS (!LINEAR && NSTATE > 1)
-#if LINEAR
-#define FRONT_SLOTS 0
-#define FRONT_BYTES 0
-#define STATE_BYTES (CAP * (Element<DELTA_TYPE>::bytes + RANK * Element<B_TYPE>::bytes + Element<C_TYPE>::bytes))
-#else
-#define FRONT_SLOTS ((STAGES * PAIR + NSTATE - 1) / NSTATE)
-#define FRONT_BYTES (CAP * (Element<DELTA_TYPE>::bytes + !ONE_U * RANK * Element<U_TYPE>::bytes))
-#define STATE_BYTES (CAP * (Element<B_TYPE>::bytes + Element<C_TYPE>::bytes))
-#endif
-#define STAGE_BYTES (PAIR * STATE_BYTES)
-#define TEAM_BYTES (STAGES * STAGE_BYTES + FRONT_SLOTS * FRONT_BYTES)
-#define ONE_U_BYTES (ONE_U * CAP * RANK * Element<U_TYPE>::bytes)
-
 #include "shared_scan_parts.cuh"
 #include "shared_scan_copies.cuh"
 #include "shared_scan_ends.cuh"
@@ -132,32 +56,31 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
 #endif
     const int k_base = MERGE ? 0 : k_first, sum_cap = SIZE(SUM_CAP, sum_cap);
     char *stages = shared + team * TEAM_BYTES, *fronts = stages + STAGES * STAGE_BYTES;
-    char *const one_u = shared + TEAMS * TEAM_BYTES;
-    float *const all_sums = (float *)(one_u + ONE_U_BYTES), *const sums = all_sums + team * RANK * sum_cap;
+    float *const all_sums = (float *)(shared + TEAMS * TEAM_BYTES), *const sums = all_sums + team * RANK * sum_cap;
     float *const decays = all_sums + TEAMS * RANK * sum_cap;
 
     Cursor now = {k_first, 0, 0, 0, 0};
     Cursor ahead = now;
 
-    uint_t arrival = 0;  // of the first stage; those of other stages and teams follow, 8 bytes apart
+    uint_t arrival = 0;  // of the team's first stage; those of its other stages follow, 8 bytes apart
 #if BULK
-    arrival = (uint_t)__cvta_generic_to_shared(arrivals[0]);
-    if (thread < STAGES) arrival_init(arrival + 8 * (team * STAGES + thread));
+    arrival = shared_address(arrivals[team]);
+    if (thread < STAGES) arrival_init(arrival + 8 * thread);
     __syncthreads();
 #endif
 
-    // The next step of team `of`. With BULK, before the loop each piece is fetched by another warp; in the loop (`all`), by the
-    // producer.
-    auto issue = [&](int of, bool all) {
+    // The next step. With BULK, before the loop each piece is fetched by another warp; in the loop (`all`), by the producer.
+    auto issue = [&](bool all) {
         if (ahead.k < k_end) {
             const Tile tile = tile_at(p, ahead.code(p), ahead.tile);
             const int64 k = ahead.k;
-            char *const first = shared + of * TEAM_BYTES, *to = first + ahead.step % STAGES * STAGE_BYTES;
-            const uint_t barrier = arrival + 8 * (of * STAGES + ahead.step % STAGES);
+            char *to = stages + ahead.step % STAGES * STAGE_BYTES;
+            const uint_t barrier = arrival + 8 * (ahead.step % STAGES);
             Share share = {lane, 32, 0};
-            if (!all) share = {lane ? SHARERS : STAGES == 1 ? (int)threadIdx.x / 32 : warp, SHARERS, 0};
-            if (BULK && share.first == 0)
-                arrival_expect(barrier, tile.count * ((STAGE_BYTES + (ahead.n == 0 ? FRONT_BYTES : 0) + (of == 0 ? ONE_U_BYTES : 0)) / CAP));
+            if (!all) share = {lane ? TEAM_WARPS : warp, TEAM_WARPS, 0};
+#if BULK
+            if (share.first == 0) arrival_expect(barrier, tile.count * ((STAGE_BYTES + (ahead.n == 0 ? FRONT_BYTES : 0)) / CAP));
+#endif
 #pragma unroll
             for (int m = 0; m < PAIR; ++m) {
                 const int64 n = n0 + ahead.n + m;
@@ -182,12 +105,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
             }
 #if !LINEAR
             if (ahead.n == 0) {
-                to = first + STAGES * STAGE_BYTES + ahead.front % FRONT_SLOTS * FRONT_BYTES;
+                to = fronts + ahead.front % FRONT_SLOTS * FRONT_BYTES;
                 fetch<DELTA_TYPE>(to, p.delta + (b * p.delta_b + k * p.delta_k) * Element<DELTA_TYPE>::bytes, p.delta_h,
                                   p.delta_w, tile, p, thread, share, barrier);
-                to = ONE_U ? one_u : to + CAP * Element<DELTA_TYPE>::bytes;
+                to += CAP * Element<DELTA_TYPE>::bytes;
 #pragma unroll
-                for (int r = 0; r < RANK && !(ONE_U && of > 0); ++r) {
+                for (int r = 0; r < RANK; ++r) {
                     const int64 from = b * p.u_b + k * p.u_k + min(r0 + r, (int)p.rank - 1) * p.u_r;
                     fetch<U_TYPE>(to, p.u + from * Element<U_TYPE>::bytes, p.u_h, p.u_w, tile, p, thread, share, barrier);
                     to += CAP * Element<U_TYPE>::bytes;
@@ -199,17 +122,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
         if (!BULK) commit();
     };
 
-#if STAGES == 1
-    // One step a team: all warps fetch for one team after the other, so that teams can begin in turn.
-#pragma unroll 1
-    for (int of = 0; of < TEAMS; ++of) {
-        ahead = {MERGE ? of : k_first, 0, 0, 0, 0};
-        issue(of, false);
-    }
-#else
 #pragma unroll
-    for (int s = 0; s < STAGES; ++s) issue(team, false);
-#endif
+    for (int s = 0; s < STAGES; ++s) issue(false);
 #if !LINEAR
     // A and the bias in base 2, per direction of this block: loads that every step would wait for. By the last threads: the first
     // are busy fetching, and behind what they fetch these loads would come late.
@@ -228,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
 #pragma unroll 1
         for (; now.k < k_end; now.advance(p, k_step)) {
             team_barrier(team);
-            issue(team, true);
+            issue(true);
             if (!MERGE && now.n == NSTATE - PAIR) team_barrier(team);
         }
     }
@@ -242,8 +156,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
     Entry entry;
 #pragma unroll 1
     while (now.k < k_end) {
-        if (BULK) arrival_wait(arrival + 8 * (team * STAGES + now.step % STAGES), now.step / STAGES & 1);
-        if (ONE_U && team > 0) arrival_wait(arrival, 0);
+#if BULK
+        arrival_wait(arrival + 8 * (now.step % STAGES), now.step / STAGES & 1);
+#endif
         if (now.n == 0) {
             const Tile tile = tile_at(p, now.code(p), now.tile);
             count = tile.count;
@@ -268,8 +183,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
             }
 #pragma unroll
             for (int r = 0; r < RANK; ++r) {
-                const int behind = (ONE_U ? 0 : CAP * Element<DELTA_TYPE>::bytes) + r * CAP * Element<U_TYPE>::bytes;
-                steps.read<U_TYPE>(dtu[r], ONE_U ? one_u : front, behind);
+                steps.read<U_TYPE>(dtu[r], front, CAP * (Element<DELTA_TYPE>::bytes + r * Element<U_TYPE>::bytes));
 #pragma unroll
                 for (int i = 0; i < ITEMS; ++i) dtu[r][i] *= dt[i];
             }
@@ -351,7 +265,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
         }
         if (!BULK) wait<STAGES < 2 ? 0 : STAGES - 2>();
         team_barrier(team);  // aggregates are there, this stage has been read, and without BULK the next one has arrived
-        if (!BULK) issue(team, true);
+        if (!BULK) issue(true);
 
         // The state before this thread: what other warps and the last tile's carry leave, then what lower lanes leave.
         const bool more = !ONE_TILE && now.tile + 1 < now.tiles(p);

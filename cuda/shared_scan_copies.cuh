@@ -18,47 +18,12 @@ __device__ __forceinline__ void commit() {
 
 template <int BYTES> __device__ __forceinline__ void copy(void *to, const void *from) {
 #if __CUDA_ARCH__ >= 800
-    const uint_t address = (uint_t)__cvta_generic_to_shared(to);
+    const uint_t address = shared_address(to);
     if (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
     else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(BYTES) : "memory");
 #else
 #pragma unroll
     for (int i = 0; i < BYTES / 4; ++i) ((uint_t *)to)[i] = ((const uint_t *)from)[i];
-#endif
-}
-
-// Barriers that count arrivals (here always one) and bytes. They are given as shared addresses.
-__device__ __forceinline__ void arrival_init(uint_t barrier) {
-#if BULK
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void arrival_expect(uint_t barrier, int bytes) {
-#if BULK
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-#endif
-}
-
-__device__ __forceinline__ void arrival_wait(uint_t barrier, int parity) {
-#if BULK
-    uint_t done;
-    do {
-        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                     : "=r"(done)
-                     : "r"(barrier), "r"(parity)
-                     : "memory");
-    } while (!done);
-#endif
-}
-
-__device__ __forceinline__ void bulk_copy(void *to, const void *from, int bytes, uint_t barrier) {
-#if BULK
-    const uint_t address = (uint_t)__cvta_generic_to_shared(to);
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address),
-                 "l"(from), "r"(bytes), "r"(barrier)
-                 : "memory");
 #endif
 }
 
@@ -82,7 +47,7 @@ __device__ __forceinline__ void fetch(char *to, int64 from, int64 stride_h, int6
 #pragma unroll 1
     for (int i = (share.first - start + share.step) % share.step; i < pieces; i += share.step) {
         const int q = i * piece, bytes = min(piece, tile.count - q) * Element<CODE>::bytes;
-        bulk_copy((type *)to + tile.index(q, skew), (const type *)from + tile.position(q, width), bytes, barrier);
+        bulk_copy((type *)to + tile.index(q, skew), from + (int64)tile.position(q, width) * Element<CODE>::bytes, bytes, barrier);
     }
 #elif COPY
     const int pack = COPY / Element<CODE>::bytes;

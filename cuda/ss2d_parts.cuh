@@ -162,8 +162,6 @@ __device__ __forceinline__ void shift_right(float &decay, float &state) {
         : "+f"(decay), "+f"(state));
 }
 
-__device__ __forceinline__ uint_t shared_address(const void *p) { return (uint_t)__cvta_generic_to_shared(p); }
-
 // Counts the threads of a team that have come by, in phases. An mbarrier where there are such: racecheck knows them.
 typedef unsigned long long Arrivals;
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from vmeanba_fx.ops import cuda_merged
 from vmeanba_fx.ops.cuda_shared_plan import Problem, choose
 
 LIMIT, PROCESSORS = 232448, 132  # of an H100
@@ -30,10 +31,25 @@ def test_every_plan_can_be_launched(half):
             assert states % (plan.parts * plan.pair) == 0 and (plan.stages > 1 or plan.bulk)
 
 
+def test_what_goes_to_the_merged_scan():
+    def merged(*size, batch=128, baked=True, **changed):
+        return cuda_merged.choose(problem(batch, *size, **changed), baked, LIMIT, PROCESSORS)
+
+    wide = merged(56, 56)
+    assert (wide.items, wide.threads, wide.order) == (4, 800, (1, 3, 0, 2)), "along columns first"
+    assert merged(56, 56, half=False).shared < LIMIT
+    assert merged(72, 72).items == 8, "too long for four steps a thread"
+    assert merged(56, 56, groups=3, codes=(2, 3, 1)).order == (1, 2, 0)
+    others = [
+        {"baked": False}, {"batch": 600}, {"states": 2}, {"rank": 2}, {"groups": 5, "codes": (0,) * 5}, {"copy": 8},
+        {"codes": (0, 1, 2, 7)}, *({name: True} for name in ("linear", "own_u", "table")), {"merge": False}, {"bulk": False},
+    ]  # fmt: skip
+    assert not any(merged(56, 56, **changed) for changed in others)
+    assert not any(merged(*size) for size in ((14, 14), (54, 56), (128, 128))), "short, cut columns, too large"
+    assert merged(54, 56, groups=1, codes=(2,)), "rows may be cut anywhere"
+
+
 def test_what_the_shapes_of_vmamba_get():
-    wide = choose(problem(128, 56, 56), True, LIMIT, PROCESSORS)
-    assert (wide.teams, wide.stages, wide.one_u, wide.bulk) == (4, 1, True, True), "all directions at once"
-    assert not choose(problem(128, 56, 56, own_u=True), True, LIMIT, PROCESSORS).one_u
     deep = choose(problem(128, 56, 56, 16), True, LIMIT, PROCESSORS)
     assert (deep.merge, deep.teams, deep.pair, deep.stages) == (True, 2, 1, 3)
     assert choose(problem(128, 56, 56, 16, bulk=False), True, LIMIT, PROCESSORS).pair == 2, "two states a step"

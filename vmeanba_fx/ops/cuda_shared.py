@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import compose, cpu, cuda_runtime
+from . import compose, cpu, cuda_merged, cuda_runtime
 from .cuda import LaunchCache, check_limits, layout, parameter, pointer, type_code, usable
 from .cuda_merge import Merge
 from .cuda_runtime import TYPE_CODES
@@ -133,12 +133,28 @@ def _prepare(u, delta, B, C, codes, table, softplus, merge, out_dtype) -> _Launc
         bulk=torch.cuda.get_device_capability(device) >= (9, 0),
         copy=_copy_bytes(arrays, height, width),
     )
-    plan = choose(
-        problem,
-        _bake(height, width, codes),
-        cuda_runtime.shared_memory_limit(device),
-        cuda_runtime.multiprocessors(device),
-    )
+    limits = (_bake(height, width, codes), cuda_runtime.shared_memory_limit(device), cuda_runtime.multiprocessors(device))
+    if linear:
+        u_strides, delta_strides, B_strides = (0,) * 5, delta.stride(), B.stride()
+    else:
+        per_group = 0 if u.shape[1] == 1 else u.stride(1)
+        u_strides = (u.stride(0), per_group, *u.stride()[2:])
+        delta_strides = (*delta.stride()[:2], 0, *delta.stride()[2:])
+        B_strides = (*B.stride()[:2], 0, *B.stride()[2:])
+    strides = (*u_strides, *delta_strides, *B_strides, *C.stride())
+    merged = cuda_merged.choose(problem, *limits)
+    if merged is not None:
+        return _Launch(
+            kernel=cuda_merged.kernel(problem, merged, TYPE_CODES[out_dtype], device),
+            grid=(batch, 1, 1),
+            threads=merged.threads,
+            shared=merged.shared,
+            sizes=(0,) * 11 + strides,
+            out_shape=(batch, 1, height, width),
+            out_dtype=out_dtype,
+            merge=None,
+        )
+    plan = choose(problem, *limits)
     if plan is None:
         return None
     maps = groups * plan.parts  # as blocks make them
@@ -147,20 +163,13 @@ def _prepare(u, delta, B, C, codes, table, softplus, merge, out_dtype) -> _Launc
     if addends > 1:
         after = Merge.of(addends, shape, out_dtype, device)
         shape, dtype = (batch, maps, rank, height, width), torch.float32
-    if linear:
-        u_strides, delta_strides, B_strides = (0,) * 5, delta.stride(), B.stride()
-    else:
-        per_group = 0 if u.shape[1] == 1 else u.stride(1)
-        u_strides = (u.stride(0), per_group, *u.stride()[2:])
-        delta_strides = (*delta.stride()[:2], 0, *delta.stride()[2:])
-        B_strides = (*B.stride()[:2], 0, *B.stride()[2:])
     sizes = (groups, states, plan.parts, rank, height, width, plan.rows, plan.columns, plan.skew, plan.sum_cap)
     return _Launch(
         kernel=_kernel(problem, plan, TYPE_CODES[dtype], device),
         grid=(batch, -(-rank // plan.rank), 1 if plan.merge else maps),
         threads=(plan.threads + 32 * (plan.bulk and plan.loops)) * plan.teams,
         shared=plan.shared,
-        sizes=(problem.directions, *sizes, *u_strides, *delta_strides, *B_strides, *C.stride()),
+        sizes=(problem.directions, *sizes, *strides),
         out_shape=shape,
         out_dtype=dtype,
         merge=after,
@@ -206,7 +215,6 @@ def _kernel(problem: Problem, plan: Plan, out_type: int, device: int):
         ("TEAMS", plan.teams),
         ("ITEMS", plan.items),
         ("STAGES", plan.stages),
-        ("ONE_U", int(plan.one_u)),
         ("PAIR", plan.pair),
         ("RESCAN", int(plan.rescan)),
         ("BULK", int(plan.bulk)),

@@ -56,7 +56,6 @@ class Plan:
     teams: int
     items: int
     stages: int
-    one_u: bool  # all teams read the same u, which is fetched once
     pair: int  # states per step
     rescan: bool
     bulk: bool
@@ -86,11 +85,6 @@ def choose(problem: Problem, baked: bool, shared_limit: int, multiprocessors: in
         # With many blocks, two per multiprocessor: one computes while the other waits.
         budgets = (shared_limit // 2, shared_limit) if blocks > 2 * multiprocessors else (shared_limit,)
         items = _items(problem.states // parts, problem.length, rank)
-        if merge and problem.states == 1 and rank == 1 and blocks <= 2 * multiprocessors:
-            # All directions at once, each fetched whole: the first are scanned while the last still arrive.
-            plan = _fit(problem, baked, merge, 1, rank, problem.groups, _MAX_TILE, 16, 1, 1, shared_limit)
-            if plan is not None:
-                return plan
         # Whole maps first, then more teams, then more stages.
         sizes = [(budget, _MAX_TILE) for budget in budgets if problem.length <= _MAX_TILE]
         sizes += product(budgets, (_MAX_TILE, 4096, 2048, 1024, 512))
@@ -171,18 +165,17 @@ def _fit(problem, baked, merge, parts, rank, teams, tile, items, stages, pair, s
     if (threads + 32 * (bulk and loops)) * teams > 1024 or (stages == 1 and (loops or not bulk)):
         return None
     size_u, size_delta, size_B, size_C = sizes[:4]
-    one_u = teams > 1 and stages == 1 and not problem.own_u
     if problem.linear:
         front, stage = 0, pair * (size_delta + rank * size_B + size_C)
     else:
-        front, stage = -(-stages * pair // states) * (size_delta + (not one_u) * rank * size_u), pair * (size_B + size_C)
-    shared = teams * (cap * (stages * stage + front) + rank * sum_cap * 4) + one_u * cap * rank * size_u
+        front, stage = -(-stages * pair // states) * (size_delta + rank * size_u), pair * (size_B + size_C)
+    shared = teams * (cap * (stages * stage + front) + rank * sum_cap * 4)
     shared += 4 * (problem.groups if merge else 1) * (states + 1)
     fixed = teams * 2 * 4 * (threads // 32 * (pair * rank + pair + 1) + states * rank + stages)
     if shared + fixed > shared_limit - 1024:
         return None
     return Plan(
-        *(baked, merge, parts, rank, threads, teams, items, stages, one_u, pair),
+        *(baked, merge, parts, rank, threads, teams, items, stages, pair),
         *(rank == 1 and items == 8 and pair == 1, bulk, loops),
         *(rows, columns, copy, skew, cap, sum_cap, shared),
     )
