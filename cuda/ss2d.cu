@@ -43,14 +43,6 @@
 #include "ss2d_parts.cuh"
 #include "ss2d_maps.cuh"
 
-// What a warp knows when it starts on a direction.
-struct Site {
-    Stage stage;
-    Links *links;
-    int warp, front, lane, turn, k, first_channel, tiles;  // direction k is that of this front in turn `turn`
-    int64 batch;
-};
-
 // One direction; KIND = column + 2 * mirrored at compile time, or -1.
 template <int KIND> __device__ __forceinline__ void scan_direction(const Params &p, const Site &site, int height, int width, int pitch) {
     const int pair = site.lane & 3, segment = site.lane >> 2, k = site.k, channels = (int)p.channels;

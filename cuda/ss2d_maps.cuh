@@ -200,3 +200,11 @@ struct Stage {
 #endif
     }
 };
+
+// What a warp knows when it starts on a direction.
+struct Site {
+    Stage stage;
+    Links *links;
+    int warp, front, lane, turn, k, first_channel, tiles;  // direction k is that of this front in turn `turn`
+    int64 batch;
+};
