@@ -4,7 +4,8 @@ All three are one kernel, `cuda/shared_scan.cu`, which walks over maps in spatia
 height 1. A block works on one batch item (and up to 4 of the R channels), with its directions in parallel teams of
 threads and their sum in shared memory. Where there are too few batch items to fill the GPU, or the map is too large for
 that sum, blocks take single directions (or part of the states) and a second launch adds up their float32 outputs. Both
-are deterministic.
+are deterministic. One channel with one state, summed over the directions of a map that fits into shared memory as a
+whole, has a faster kernel, `cuda/merged_scan.cu` (see `cuda_merged`).
 
 Fastest are arrays whose (H, W) planes are contiguous and start at multiples of 16 bytes, as one projection's output
 (B, features, H*W) has them.
@@ -134,14 +135,7 @@ def _prepare(u, delta, B, C, codes, table, softplus, merge, out_dtype) -> _Launc
         copy=_copy_bytes(arrays, height, width),
     )
     limits = (_bake(height, width, codes), cuda_runtime.shared_memory_limit(device), cuda_runtime.multiprocessors(device))
-    if linear:
-        u_strides, delta_strides, B_strides = (0,) * 5, delta.stride(), B.stride()
-    else:
-        per_group = 0 if u.shape[1] == 1 else u.stride(1)
-        u_strides = (u.stride(0), per_group, *u.stride()[2:])
-        delta_strides = (*delta.stride()[:2], 0, *delta.stride()[2:])
-        B_strides = (*B.stride()[:2], 0, *B.stride()[2:])
-    strides = (*u_strides, *delta_strides, *B_strides, *C.stride())
+    strides = _strides(u, delta, B, C)
     merged = cuda_merged.choose(problem, *limits)
     if merged is not None:
         return _Launch(
@@ -149,7 +143,7 @@ def _prepare(u, delta, B, C, codes, table, softplus, merge, out_dtype) -> _Launc
             grid=(batch, 1, 1),
             threads=merged.threads,
             shared=merged.shared,
-            sizes=(0,) * 11 + strides,
+            sizes=(0,) * 11 + strides,  # its sizes are compiled in
             out_shape=(batch, 1, height, width),
             out_dtype=out_dtype,
             merge=None,
@@ -174,6 +168,15 @@ def _prepare(u, delta, B, C, codes, table, softplus, merge, out_dtype) -> _Launc
         out_dtype=dtype,
         merge=after,
     )
+
+
+def _strides(u, delta, B, C) -> tuple[int, ...]:
+    """As the kernels' struct has them: five each of u, delta and C, six of B, 0 where a tensor has no such dim."""
+    if u is None:
+        return (*(0,) * 5, *delta.stride(), *B.stride(), *C.stride())
+    per_group = 0 if u.shape[1] == 1 else u.stride(1)
+    delta_strides, B_strides = ((*t.stride()[:2], 0, *t.stride()[2:]) for t in (delta, B))
+    return (u.stride(0), per_group, *u.stride()[2:], *delta_strides, *B_strides, *C.stride())
 
 
 def _copy_bytes(arrays, height: int, width: int) -> int:
