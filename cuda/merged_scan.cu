@@ -10,8 +10,8 @@
 // every ITEMS lines one of 4 floats), which spreads a column over the banks. Sums are made in a fixed order: deterministic.
 //
 // Macros: U_TYPE, DELTA_TYPE, B_TYPE, C_TYPE, OUT_TYPE; HEIGHT, WIDTH; GROUPS directions, of which COLUMNS are along columns; ORDER
-// and CODES: which direction is scanned i-th, and its code, four bits each; ITEMS (4 or 8, a divisor of HEIGHT if COLUMNS);
-// SOFTPLUS.
+// and CODES: which direction is scanned i-th, and its code, four bits each; OWN_U: each direction has its own u; ITEMS (4 or 8, a
+// divisor of HEIGHT if COLUMNS); SOFTPLUS.
 #include "common.cuh"
 #include "shared_scan_params.cuh"
 #include "bulk.cuh"
@@ -26,7 +26,9 @@
 #define ISSUERS WARPS
 #endif
 #define FULL 0xffffffffu
+#ifndef GAP_LINES
 #define GAP_LINES 8
+#endif
 #define GAP 8
 #define COLUMN_PIECES ((HEIGHT + GAP_LINES - 1) / GAP_LINES)
 #ifndef ROW_LINES
@@ -34,10 +36,15 @@
 #endif
 #define ROW_PIECES ((HEIGHT + ROW_LINES - 1) / ROW_LINES)
 #define CAP (LENGTH + GAP * COLUMN_PIECES)  // elements of an array with its gaps
-#define ARRAYS (3 * GROUPS + 1)
-#define COLUMN_ARRAYS (COLUMNS ? 3 * COLUMNS + 1 : 0)
+#define EACH (3 + OWN_U)  // arrays of a direction
+#define ARRAYS (EACH * GROUPS + !OWN_U)
+#define COLUMN_ARRAYS (COLUMNS ? EACH * COLUMNS + !OWN_U : 0)
 #define IN_COLUMNS (COLUMN_ARRAYS * COLUMN_PIECES)
 #define PIECES (IN_COLUMNS + (ARRAYS - COLUMN_ARRAYS) * ROW_PIECES)
+#define DELTA 0
+#define U 1
+#define B_ 2
+#define C_ 3
 #define U_BYTES Element<U_TYPE>::bytes
 #define DELTA_BYTES Element<DELTA_TYPE>::bytes
 #define B_BYTES Element<B_TYPE>::bytes
@@ -49,33 +56,39 @@
 #define MARK(n)
 #endif
 
-// Arrays in the order of their use: delta, u, B, C of the first direction, then delta, B, C of each.
-enum Kind { DELTA, B_, C_, U };
+// Arrays in the order of their use: delta, u, B, C of the first direction, and so on, u only once where all read the same.
 struct Array {
-    int i;  // the direction's turn
-    int kind;
-    __device__ __forceinline__ int number() const { return kind == U ? 1 : i || kind ? 3 * i + 1 + kind : 0; }
+    int turn, kind;  // of the direction that uses it first; DELTA ... C_
+
+    static __device__ __forceinline__ Array of(int number) {
+        if (OWN_U || number < 4) return {number / 4, number % 4};
+        const int rest = (number - 1) % 3;
+        return {(number - 1) / 3, rest ? rest + 1 : DELTA};
+    }
+    __device__ __forceinline__ int number() const {
+        return OWN_U || turn == 0 ? 4 * turn + kind : 3 * turn + 1 + max(kind - 1, 0);
+    }
     __device__ __forceinline__ int offset() const {
-        if (kind == U) return CAP * DELTA_BYTES;
-        const int before = i || kind ? U_BYTES : 0, each = DELTA_BYTES + B_BYTES + C_BYTES;
-        return CAP * (before + i * each + (kind > DELTA ? DELTA_BYTES : 0) + (kind > B_ ? B_BYTES : 0));
+        const bool u_before = OWN_U ? kind > U : turn || kind > U;
+        const int before = (OWN_U ? turn : 0) + u_before;
+        return CAP * (turn * (DELTA_BYTES + B_BYTES + C_BYTES) + before * U_BYTES + (kind > DELTA) * DELTA_BYTES + (kind > B_) * B_BYTES);
     }
 };
-#define SUMS_AT (CAP * (U_BYTES + GROUPS * (DELTA_BYTES + B_BYTES + C_BYTES)))
+#define SUMS_AT (CAP * ((OWN_U ? GROUPS : 1) * U_BYTES + GROUPS * (DELTA_BYTES + B_BYTES + C_BYTES)))
 
 __device__ __forceinline__ void fetch(const Params &p, int piece, char *shared, uint_t arrival) {
     const bool in_columns = piece < IN_COLUMNS;
     const int number = in_columns ? piece / COLUMN_PIECES : COLUMN_ARRAYS + (piece - IN_COLUMNS) / ROW_PIECES;
     const int part = in_columns ? piece % COLUMN_PIECES : (piece - IN_COLUMNS) % ROW_PIECES;
     const int lines = in_columns ? GAP_LINES : ROW_LINES;
-    const Array array = {max(number - 1, 0) / 3, number == 1 ? U : max(number - 1, 0) % 3};
-    const int64 b = blockIdx.x, k = (int)(ORDER >> (4 * array.i)) & 15;
+    const Array array = Array::of(number);
+    const int64 b = blockIdx.x, k = (int)(ORDER >> (4 * array.turn)) & 15;
     int64 from;
     int bytes;
     if (array.kind == DELTA) from = p.delta + (b * p.delta_b + k * p.delta_k) * DELTA_BYTES, bytes = DELTA_BYTES;
     else if (array.kind == B_) from = p.B + (b * p.B_b + k * p.B_k) * B_BYTES, bytes = B_BYTES;
     else if (array.kind == C_) from = p.C + (b * p.C_b + k * p.C_k) * C_BYTES, bytes = C_BYTES;
-    else from = p.u + b * p.u_b * U_BYTES, bytes = U_BYTES;
+    else from = p.u + (b * p.u_b + k * p.u_k) * U_BYTES, bytes = U_BYTES;
     const int first = part * lines * WIDTH, gaps = in_columns || ROW_LINES == GAP_LINES ? GAP * part : 0;
     const uint_t barrier = arrival + 8 * number;
     if (part == 0) arrival_expect(barrier, LENGTH * bytes);
@@ -154,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) merged_scan(const __grid_c
         const bool columns = i < COLUMNS, down = CODES >> (4 * i) & 2;
         const int gapped = columns ? line * WIDTH + column + GAP * (line / GAP_LINES) : first + GAP * (first / (GAP_LINES * WIDTH));
         const int at = columns || ROW_LINES == GAP_LINES ? gapped : first;
-        const Array delta = {i, DELTA}, write = {i, B_}, read_out = {i, C_}, input = {0, U};
+        const Array delta = {i, DELTA}, write = {i, B_}, read_out = {i, C_}, input = {OWN_U ? i : 0, U};
         const float A_k = __shfl_sync(FULL, A, k), bias_k = __shfl_sync(FULL, bias, k);
         float a[ITEMS], h[ITEMS], v[ITEMS];
         arrival_wait(arrival + 8 * delta.number(), 0);
@@ -176,8 +189,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) merged_scan(const __grid_c
 #pragma unroll
         for (int j = 0; j < 5; ++j) products[j + 1] = times_before(products[j], 1 << j, down);
 #endif
-        if (i == 0) arrival_wait(arrival + 8 * input.number(), 0);
-        if (i == 0 || i == COLUMNS) read<U_TYPE>(u, shared + input.offset(), COLUMNS ? gapped : at, columns);
+        if (OWN_U || i == 0) arrival_wait(arrival + 8 * input.number(), 0);
+        if (OWN_U || i == 0 || i == COLUMNS) read<U_TYPE>(u, shared + input.offset(), COLUMNS && !OWN_U ? gapped : at, columns);
         arrival_wait(arrival + 8 * write.number(), 0);
         MARK(4 * i + 3)
         read<B_TYPE>(v, shared + write.offset(), at, columns);

@@ -193,8 +193,8 @@ WHOLE = [(56, 56), (28, 28), (16, 40), (24, 72), (12, 200), (64, 64), (8, 104), 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_whole_maps_in_a_block(size, dtype):
     """Merged, one state, lines of 16 bytes: `merged_scan.cu`; sizes that leave threads of the last warp idle among them."""
-    inputs = map_inputs(3, 4, 1, 1, *size, dtype)
-    check_maps(inputs, [0, 1, 2, 3], True, TOLERANCE[dtype])
+    check_maps(map_inputs(3, 4, 1, 1, *size, dtype), [0, 1, 2, 3], True, TOLERANCE[dtype])
+    inputs = map_inputs(3, 4, 1, 1, *size, dtype, own_u=True)
     check_maps(inputs, [2, 2, 3, 0], True, max(TOLERANCE[dtype], 5e-3), out_dtype=torch.float16)
 
 

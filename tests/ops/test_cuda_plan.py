@@ -37,12 +37,12 @@ def test_what_goes_to_the_merged_scan():
 
     wide = merged(56, 56)
     assert (wide.items, wide.threads, wide.order) == (4, 800, (1, 3, 0, 2)), "along columns first"
-    assert merged(56, 56, half=False).shared < LIMIT
+    assert merged(56, 56, half=False, own_u=True).shared < LIMIT
     assert merged(72, 72).items == 8, "too long for four steps a thread"
     assert merged(56, 56, groups=3, codes=(2, 3, 1)).order == (1, 2, 0)
     others = [
         {"baked": False}, {"batch": 600}, {"states": 2}, {"rank": 2}, {"groups": 5, "codes": (0,) * 5}, {"copy": 8},
-        {"codes": (0, 1, 2, 7)}, *({name: True} for name in ("linear", "own_u", "table")), {"merge": False}, {"bulk": False},
+        {"codes": (0, 1, 2, 7)}, *({name: True} for name in ("linear", "table")), {"merge": False}, {"bulk": False},
     ]  # fmt: skip
     assert not any(merged(56, 56, **changed) for changed in others)
     assert not any(merged(*size) for size in ((14, 14), (54, 56), (128, 128))), "short, cut columns, too large"

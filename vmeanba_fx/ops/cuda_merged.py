@@ -22,7 +22,7 @@ class MergedPlan:
 
 def choose(problem: Problem, baked: bool, shared_limit: int, multiprocessors: int) -> MergedPlan | None:
     """The variant for this problem; None where `shared_scan.cu` has to do it."""
-    one = problem.merge and problem.states == problem.rank == 1 and not (problem.linear or problem.own_u or problem.table)
+    one = problem.merge and problem.states == problem.rank == 1 and not (problem.linear or problem.table)
     known = baked and problem.groups <= _MAX_GROUPS and max(problem.codes) <= 3
     copied = problem.bulk and problem.copy == 16 and problem.length >= _MIN_LENGTH
     if not (one and known and copied) or problem.batch > 2 * multiprocessors:
@@ -33,7 +33,8 @@ def choose(problem: Problem, baked: bool, shared_limit: int, multiprocessors: in
             continue
         sizes = [4 if code == 0 else 2 for code in problem.types]
         cap = problem.length + 8 * -(-problem.height // 8)
-        shared = cap * (sizes[0] + problem.groups * sum(sizes[1:])) + 4 * (problem.length + 4 * (problem.height // items + 1))
+        maps_of_u = problem.groups if problem.own_u else 1
+        shared = cap * (maps_of_u * sizes[0] + problem.groups * sum(sizes[1:])) + 4 * (problem.length + 4 * (problem.height // items + 1))
         if shared <= shared_limit - 1024:
             order = tuple(sorted(range(problem.groups), key=lambda k: 1 - problem.codes[k] % 2))
             return MergedPlan(items, order, threads, shared)
@@ -51,6 +52,7 @@ def kernel(problem: Problem, plan: MergedPlan, out_type: int, device: int) -> cu
         ("COLUMNS", sum(code & 1 for code in problem.codes)),
         ("ORDER", f"{sum(k << (4 * i) for i, k in enumerate(plan.order)):#x}ull"),
         ("CODES", f"{sum(problem.codes[k] << (4 * i) for i, k in enumerate(plan.order)):#x}ull"),
+        ("OWN_U", int(problem.own_u)),
         ("ITEMS", plan.items),
         ("SOFTPLUS", int(problem.softplus)),
     )
