@@ -1,9 +1,9 @@
-// One-channel scans with one state over whole maps, merged: what shared_scan.cu computes with MERGE, for maps whose arrays fit into
-// shared memory together.
+// One-channel scans with one state over whole maps, merged: what shared_scan.cu computes with MERGE, for maps whose arrays fit
+// into shared memory together.
 //
 // A block takes one batch item and one direction at a time; a thread takes ITEMS consecutive steps of it. All arrays are asked for
-// at once, in the order of their use, and each has a barrier of its own: a direction is scanned while those after it still arrive,
-// and what is left to do after the last bytes (C of the last direction) is a product and the store.
+// at once, in the order of their use, and each has a barrier of its own: a direction is scanned while those after it still
+// arrive, and what is left to do after the last bytes (C of the last direction) is a product and the store.
 //
 // Directions along columns come first. Forwards and backwards a thread meets the same positions, so y stays in registers; once,
 // between columns and rows, it changes threads in shared memory. Every GAP_LINES map lines there is a gap of GAP elements (for y:
@@ -19,28 +19,14 @@
 #define LENGTH (HEIGHT * WIDTH)
 #define WARPS ((LENGTH / ITEMS + 31) / 32)
 #define THREADS (32 * WARPS)
-#ifndef EARLY
-#define EARLY 1
-#endif
-#ifndef ISSUERS
-#define ISSUERS WARPS
-#endif
 #define FULL 0xffffffffu
-#ifndef GAP_LINES
 #define GAP_LINES 8
-#endif
 #define GAP 8
-#define COLUMN_PIECES ((HEIGHT + GAP_LINES - 1) / GAP_LINES)
-#ifndef ROW_LINES
-#define ROW_LINES GAP_LINES
-#endif
-#define ROW_PIECES ((HEIGHT + ROW_LINES - 1) / ROW_LINES)
-#define CAP (LENGTH + GAP * COLUMN_PIECES)  // elements of an array with its gaps
+#define PARTS ((HEIGHT + GAP_LINES - 1) / GAP_LINES)
+#define CAP (LENGTH + GAP * PARTS)  // elements of an array with its gaps
 #define EACH (3 + OWN_U)  // arrays of a direction
 #define ARRAYS (EACH * GROUPS + !OWN_U)
-#define COLUMN_ARRAYS (COLUMNS ? EACH * COLUMNS + !OWN_U : 0)
-#define IN_COLUMNS (COLUMN_ARRAYS * COLUMN_PIECES)
-#define PIECES (IN_COLUMNS + (ARRAYS - COLUMN_ARRAYS) * ROW_PIECES)
+#define PIECES (ARRAYS * PARTS)
 #define DELTA 0
 #define U 1
 #define B_ 2
@@ -49,12 +35,6 @@
 #define DELTA_BYTES Element<DELTA_TYPE>::bytes
 #define B_BYTES Element<B_TYPE>::bytes
 #define C_BYTES Element<C_TYPE>::bytes
-
-#ifdef MARKS
-#define MARK(n) if (lane == 0) ((int64 *)p.table)[((int64)blockIdx.x * 32 + warp) * 32 + (n)] = clock64();
-#else
-#define MARK(n)
-#endif
 
 // Arrays in the order of their use: delta, u, B, C of the first direction, and so on, u only once where all read the same.
 struct Array {
@@ -71,16 +51,14 @@ struct Array {
     __device__ __forceinline__ int offset() const {
         const bool u_before = OWN_U ? kind > U : turn || kind > U;
         const int before = (OWN_U ? turn : 0) + u_before;
-        return CAP * (turn * (DELTA_BYTES + B_BYTES + C_BYTES) + before * U_BYTES + (kind > DELTA) * DELTA_BYTES + (kind > B_) * B_BYTES);
+        const int in_turn = (kind > DELTA) * DELTA_BYTES + (kind > B_) * B_BYTES;
+        return CAP * (before * U_BYTES + turn * (DELTA_BYTES + B_BYTES + C_BYTES) + in_turn);
     }
 };
 #define SUMS_AT (CAP * ((OWN_U ? GROUPS : 1) * U_BYTES + GROUPS * (DELTA_BYTES + B_BYTES + C_BYTES)))
 
 __device__ __forceinline__ void fetch(const Params &p, int piece, char *shared, uint_t arrival) {
-    const bool in_columns = piece < IN_COLUMNS;
-    const int number = in_columns ? piece / COLUMN_PIECES : COLUMN_ARRAYS + (piece - IN_COLUMNS) / ROW_PIECES;
-    const int part = in_columns ? piece % COLUMN_PIECES : (piece - IN_COLUMNS) % ROW_PIECES;
-    const int lines = in_columns ? GAP_LINES : ROW_LINES;
+    const int number = piece / PARTS, part = piece % PARTS;
     const Array array = Array::of(number);
     const int64 b = blockIdx.x, k = (int)(ORDER >> (4 * array.turn)) & 15;
     int64 from;
@@ -89,10 +67,11 @@ __device__ __forceinline__ void fetch(const Params &p, int piece, char *shared, 
     else if (array.kind == B_) from = p.B + (b * p.B_b + k * p.B_k) * B_BYTES, bytes = B_BYTES;
     else if (array.kind == C_) from = p.C + (b * p.C_b + k * p.C_k) * C_BYTES, bytes = C_BYTES;
     else from = p.u + (b * p.u_b + k * p.u_k) * U_BYTES, bytes = U_BYTES;
-    const int first = part * lines * WIDTH, gaps = in_columns || ROW_LINES == GAP_LINES ? GAP * part : 0;
+    const int first = part * GAP_LINES * WIDTH;
     const uint_t barrier = arrival + 8 * number;
     if (part == 0) arrival_expect(barrier, LENGTH * bytes);
-    bulk_copy(shared + array.offset() + (first + gaps) * bytes, from + first * bytes, min(lines * WIDTH, LENGTH - first) * bytes, barrier);
+    char *const to = shared + array.offset() + (first + GAP * part) * bytes;
+    bulk_copy(to, from + first * bytes, min(GAP_LINES * WIDTH, LENGTH - first) * bytes, barrier);
 }
 
 // ITEMS elements of an array, below each other (`columns`) or beside each other.
@@ -114,20 +93,24 @@ __device__ __forceinline__ float from_before(float v, int distance, bool down) {
     return down ? __shfl_down_sync(FULL, v, distance) : __shfl_up_sync(FULL, v, distance);
 }
 
-// v * (what the lane `distance` before has of `v`), and v * (its `state`) + state; unchanged where there is no such lane. The shuffle's
-// own predicate says so: comparisons of lanes would cost as much as the rest.
+// v * (what the lane `distance` before has of `v`); state + factor * (the state of that lane). Unchanged where there is no such lane:
+// the shuffle's own predicate says so, and comparisons of lanes would cost as much as the rest.
 __device__ __forceinline__ float times_before(float v, int distance, bool down) {
-    if (down) asm volatile("{.reg .pred p; .reg .f32 b; shfl.sync.down.b32 b|p, %0, %1, 31, -1; @p mul.f32 %0, %0, b;}" : "+f"(v) : "r"(distance));
-    else asm volatile("{.reg .pred p; .reg .f32 b; shfl.sync.up.b32 b|p, %0, %1, 0, -1; @p mul.f32 %0, %0, b;}" : "+f"(v) : "r"(distance));
+#define TIMES(SHUFFLE, END)                                                                                      \
+    asm volatile("{.reg .pred p; .reg .f32 b; shfl.sync." SHUFFLE ".b32 b|p, %0, %1, " END ", -1; @p mul.f32 %0, %0, b;}" \
+                 : "+f"(v)                                                                                       \
+                 : "r"(distance))
+    if (down) TIMES("down", "31");
+    else TIMES("up", "0");
     return v;
 }
 __device__ __forceinline__ float after_before(float state, float factor, int distance, bool down) {
-    if (down)
-        asm volatile("{.reg .pred p; .reg .f32 b; shfl.sync.down.b32 b|p, %0, %1, 31, -1; @p fma.rn.f32 %0, %2, b, %0;}"
-            : "+f"(state) : "r"(distance), "f"(factor));
-    else
-        asm volatile("{.reg .pred p; .reg .f32 b; shfl.sync.up.b32 b|p, %0, %1, 0, -1; @p fma.rn.f32 %0, %2, b, %0;}"
-            : "+f"(state) : "r"(distance), "f"(factor));
+#define AFTER(SHUFFLE, END)                                                                                          \
+    asm volatile("{.reg .pred p; .reg .f32 b; shfl.sync." SHUFFLE ".b32 b|p, %0, %1, " END ", -1; @p fma.rn.f32 %0, %2, b, %0;}" \
+                 : "+f"(state)                                                                                       \
+                 : "r"(distance), "f"(factor))
+    if (down) AFTER("down", "31");
+    else AFTER("up", "0");
     return state;
 }
 
@@ -136,7 +119,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) merged_scan(const __grid_c
     __shared__ __align__(8) int64 arrivals[ARRAYS];
     __shared__ float2 left[2][32];  // what each warp multiplies a state with, and leaves of none; in the order of the scan
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    MARK(0)
     const uint_t arrival = shared_address(arrivals);
     float *const sums = (float *)(shared + SUMS_AT);
 
@@ -148,12 +130,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) merged_scan(const __grid_c
     }
     if (thread < ARRAYS) arrival_init(arrival + 8 * thread);
     __syncthreads();
-    if (lane == 0 && warp < ISSUERS) {
+    if (lane == 0) {
 #pragma unroll 1
-        for (int piece = warp; piece < PIECES; piece += ISSUERS) fetch(p, piece, shared, arrival);
+        for (int piece = warp; piece < PIECES; piece += WARPS) fetch(p, piece, shared, arrival);
     }
     __syncwarp();
-    MARK(1)
 
     const bool idle = thread * ITEMS >= LENGTH;
     const int first = min(thread * ITEMS, LENGTH - ITEMS);
@@ -165,13 +146,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) merged_scan(const __grid_c
     for (int i = 0; i < GROUPS; ++i) {
         const int k = (int)(ORDER >> (4 * i)) & 15;
         const bool columns = i < COLUMNS, down = CODES >> (4 * i) & 2;
-        const int gapped = columns ? line * WIDTH + column + GAP * (line / GAP_LINES) : first + GAP * (first / (GAP_LINES * WIDTH));
-        const int at = columns || ROW_LINES == GAP_LINES ? gapped : first;
+        const int at = columns ? line * WIDTH + column + GAP * (line / GAP_LINES) : first + GAP * (first / (GAP_LINES * WIDTH));
         const Array delta = {i, DELTA}, write = {i, B_}, read_out = {i, C_}, input = {OWN_U ? i : 0, U};
         const float A_k = __shfl_sync(FULL, A, k), bias_k = __shfl_sync(FULL, bias, k);
         float a[ITEMS], h[ITEMS], v[ITEMS];
         arrival_wait(arrival + 8 * delta.number(), 0);
-        MARK(4 * i + 2)
         read<DELTA_TYPE>(h, shared + delta.offset(), at, columns);
 #pragma unroll
         for (int j = 0; j < ITEMS; ++j) {
@@ -185,14 +164,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) merged_scan(const __grid_c
         products[0] = a[0];
 #pragma unroll
         for (int j = 1; j < ITEMS; ++j) products[0] *= a[j];
-#if EARLY
 #pragma unroll
         for (int j = 0; j < 5; ++j) products[j + 1] = times_before(products[j], 1 << j, down);
-#endif
         if (OWN_U || i == 0) arrival_wait(arrival + 8 * input.number(), 0);
-        if (OWN_U || i == 0 || i == COLUMNS) read<U_TYPE>(u, shared + input.offset(), COLUMNS && !OWN_U ? gapped : at, columns);
+        if (OWN_U || i == 0 || i == COLUMNS) read<U_TYPE>(u, shared + input.offset(), at, columns);
         arrival_wait(arrival + 8 * write.number(), 0);
-        MARK(4 * i + 3)
         read<B_TYPE>(v, shared + write.offset(), at, columns);
         float state = 0.f;
 #pragma unroll
@@ -206,15 +182,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) merged_scan(const __grid_c
         // Over the warp's threads, then over the warps.
         const int lane_order = down ? 31 - lane : lane, warp_order = down ? WARPS - 1 - warp : warp;
 #pragma unroll
-        for (int j = 0; j < 5; ++j) {
-            state = after_before(state, products[j], 1 << j, down);
-#if !EARLY
-            products[j + 1] = times_before(products[j], 1 << j, down);
-#endif
-        }
+        for (int j = 0; j < 5; ++j) state = after_before(state, products[j], 1 << j, down);
         if (lane_order == 31) left[i & 1][warp_order] = make_float2(products[5], state);
         __syncthreads();
-        MARK(4 * i + 4)
         float2 entering = lane < warp_order ? left[i & 1][lane] : make_float2(1.f, 0.f);
 #pragma unroll
         for (int o = 1; o < 32; o *= 2) {
@@ -240,7 +210,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) merged_scan(const __grid_c
             for (int j = 0; j < ITEMS; ++j) y[j] = pack.get(j);
         }
         arrival_wait(arrival + 8 * read_out.number(), 0);
-        MARK(4 * i + 5)
         read<C_TYPE>(v, shared + read_out.offset(), at, columns);
 #pragma unroll
         for (int j = 0; j < ITEMS; ++j) y[j] = fmaf(v[j], h[j], y[j]);
@@ -263,5 +232,4 @@ extern "C" __global__ void __launch_bounds__(THREADS) merged_scan(const __grid_c
     Pack<OUT_TYPE, ITEMS> out;
     out.set(y);
     out.store((Element<OUT_TYPE>::type *)p.out + (int64)blockIdx.x * LENGTH + first);
-    MARK(31)
 }

@@ -7,7 +7,7 @@ from . import cuda_runtime
 from .cuda_shared_plan import Problem
 
 _MAX_GROUPS = 4  # directions are unrolled
-_MIN_LENGTH = 512
+_MIN_LENGTH = 2048
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ def choose(problem: Problem, baked: bool, shared_limit: int, multiprocessors: in
     one = problem.merge and problem.states == problem.rank == 1 and not (problem.linear or problem.table)
     known = baked and problem.groups <= _MAX_GROUPS and max(problem.codes) <= 3
     copied = problem.bulk and problem.copy == 16 and problem.length >= _MIN_LENGTH
-    if not (one and known and copied) or problem.batch > 2 * multiprocessors:
+    if not (one and known and copied) or not multiprocessors // 2 <= problem.batch <= 2 * multiprocessors:
         return None
     for items in (4, 8):
         threads = -(-problem.length // (32 * items)) * 32
@@ -34,7 +34,8 @@ def choose(problem: Problem, baked: bool, shared_limit: int, multiprocessors: in
         sizes = [4 if code == 0 else 2 for code in problem.types]
         cap = problem.length + 8 * -(-problem.height // 8)
         maps_of_u = problem.groups if problem.own_u else 1
-        shared = cap * (maps_of_u * sizes[0] + problem.groups * sum(sizes[1:])) + 4 * (problem.length + 4 * (problem.height // items + 1))
+        sums = problem.length + 4 * (problem.height // items + 1)
+        shared = cap * (maps_of_u * sizes[0] + problem.groups * sum(sizes[1:])) + 4 * sums
         if shared <= shared_limit - 1024:
             order = tuple(sorted(range(problem.groups), key=lambda k: 1 - problem.codes[k] % 2))
             return MergedPlan(items, order, threads, shared)
