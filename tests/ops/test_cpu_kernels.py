@@ -128,7 +128,7 @@ def test_memory(name):
     allocated = sum(max(0, event.nbytes()) for event in events if event.name() == "[memory]")
     parameters = sum(4 * arguments[weights].numel() for weights in ("A", "dt_weight") if weights in arguments)
     kernels = cpu_jit._kernels()
-    scratch = kernels.ss2d_scratch(4, 16, 1600) if name == "ss2d" else kernels.selective_scan_scratch(16)
+    scratch = kernels.ss2d_scratch(4, 16, 1600, 0) if name == "ss2d" else kernels.selective_scan_scratch(16)
     assert 4 * out.numel() <= allocated <= 4 * out.numel() + parameters + scratch + 4096
 
 

@@ -1,7 +1,7 @@
 """The 2-D ops as compositions on any device: read the maps in scan order, scan, put the result back in place.
 
-All work through the batch in blocks, `ss2d` through the channels as well, so that the K copies of the map that the scan
-order needs stay small.
+All work through the batch in blocks, `ss2d` and its backward through the channels as well, so that the K copies of the map
+that the scan order needs stay small.
 """
 
 import torch
@@ -75,68 +75,71 @@ def ss2d(x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplu
         cpu_jit.ss2d(x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplus, out)
         return out
     batch, channels, height, width = x.shape
-    K, length, dtype = feats.shape[1], height * width, compute_dtype(x)
+    K, dtype = feats.shape[1], compute_dtype(x)
     scan_order = ScanOrder(directions, order, height, width)
     A, bias = A.unflatten(0, (K, channels)), None if delta_bias is None else delta_bias.unflatten(0, (K, channels))
-
-    def merged(now: slice, some: slice) -> Tensor:
-        """The result for some batch items and channels."""
-        scan_inputs, _ = _ss2d_inputs(x[now, some], feats[now], dt_weight[:, some], A[:, some].flatten(0, 1), scan_order)
-        shift = None if bias is None else bias[:, some].flatten()
-        y = _ops.selective_scan.default(*scan_inputs, None, None, shift, delta_softplus, dtype)
-        total = _merged(scan_order, y.unflatten(1, (K, -1)))
-        return total if D is None else total.addcmul_(x[now, some].to(dtype), D[some, None, None].to(dtype))
-
-    for now in _batch_blocks(batch, K * channels * length):
-        for some in blocks(channels, max(1, _BUDGET // (K * length))):
-            out[now, some] = merged(now, some)
+    for now in _batch_blocks(batch, K * channels * height * width):
+        features = _read(scan_order, feats[now], dtype)
+        for some in _channel_blocks(x, K):
+            inputs = _ss2d_inputs(x[now, some], features, dt_weight[:, some], A[:, some], scan_order)
+            shift = None if bias is None else bias[:, some].flatten()
+            y = _ops.selective_scan.default(*inputs, None, None, shift, delta_softplus, dtype)
+            total = _merged(scan_order, y.unflatten(1, (K, -1)))
+            out[now, some] = total if D is None else total.addcmul_(x[now, some].to(dtype), D[some, None, None].to(dtype))
     return out
 
 
 def ss2d_backward(grad, x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplus):
     """Gradients of `ss2d` for x, feats, dt_weight, A, D and delta_bias."""
     batch, channels, height, width = x.shape
-    K, R, dtype = feats.shape[1], dt_weight.shape[2], compute_dtype(x)
+    K, R, N, dtype = feats.shape[1], dt_weight.shape[2], A.shape[1], compute_dtype(x)
     scan_order = ScanOrder(directions, order, height, width)
     dx, dfeats = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, feats))
-    dweight, dA = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (dt_weight, A))
+    decay, weight = A.to(dtype).unflatten(0, (K, channels)), dt_weight.to(dtype)
+    bias = None if delta_bias is None else delta_bias.to(dtype).unflatten(0, (K, channels))
+    dweight, dA = torch.zeros_like(weight), torch.zeros_like(decay)
     dD = torch.zeros(0 if D is None else channels, dtype=dtype, device=x.device)
-    dbias = torch.zeros(0 if delta_bias is None else K * channels, dtype=dtype, device=x.device)
-    bias = None if delta_bias is None else delta_bias.to(dtype)
+    dbias = torch.zeros((0, 0) if delta_bias is None else (K, channels), dtype=dtype, device=x.device)
     for now in _batch_blocks(batch, K * channels * height * width):
-        scan_inputs, features = _ss2d_inputs(x[now], feats[now], dt_weight, A.to(dtype), scan_order)
-        g = grad[now].to(dtype)
-        dy = _read(scan_order, g[:, None], dtype).flatten(1, 2)
-        grads = _ops.selective_scan_backward.default(dy, *scan_inputs, None, None, bias, delta_softplus)
-        du, ddelta, dA_now, dB, dC, _, _, dbias_now = grads
-        ddelta = ddelta.unflatten(1, (K, channels))
-        dA += dA_now
-        dbias += dbias_now
-        dweight += torch.matmul(ddelta, features[:, :, :R].transpose(2, 3)).sum(0)
-        dfeatures = torch.cat([torch.matmul(dt_weight.to(dtype).transpose(1, 2), ddelta), dB, dC], dim=2)
+        features = _read(scan_order, feats[now], dtype)
+        dfeatures = torch.zeros_like(features)
+        for some in _channel_blocks(x, K):
+            inputs = _ss2d_inputs(x[now, some], features, weight[:, some], decay[:, some], scan_order)
+            g = grad[now, some].to(dtype)
+            dy = _read(scan_order, g[:, None], dtype).flatten(1, 2)
+            shift = None if bias is None else bias[:, some].flatten()
+            grads = _ops.selective_scan_backward.default(dy, *inputs, None, None, shift, delta_softplus)
+            du, ddelta, dA_now, dB, dC, _, _, dbias_now = grads
+            du, ddelta = du.unflatten(1, (K, -1)), ddelta.unflatten(1, (K, -1))
+            dA[:, some] += dA_now.unflatten(0, (K, -1))
+            if bias is not None:
+                dbias[:, some] += dbias_now.unflatten(0, (K, -1))
+            dweight[:, some] += torch.matmul(ddelta, features[:, :, :R].transpose(2, 3)).sum(0)
+            dfeatures[:, :, :R] += torch.matmul(weight[:, some].transpose(1, 2), ddelta)
+            dfeatures[:, :, R : R + N] += dB
+            dfeatures[:, :, R + N :] += dC
+            dx_now = _merged(scan_order, du)
+            if D is not None:
+                dD[some] += (g * x[now, some].to(dtype)).sum((0, 2, 3))
+                dx_now = dx_now.addcmul(g, D[some, None, None].to(dtype))
+            dx[now, some] = dx_now
         _put_back(scan_order, dfeatures, dfeats[now])
-        dx_now = _merged(scan_order, du.unflatten(1, (K, channels)))
-        if D is not None:
-            dD += (g * x[now].to(dtype)).sum((0, 2, 3))
-            dx_now = dx_now.addcmul(g, D.to(dtype)[:, None, None])
-        dx[now] = dx_now
     return (
         dx,
         dfeats,
         dweight.to(dt_weight.dtype),
-        dA.to(A.dtype),
+        dA.flatten(0, 1).to(A.dtype),
         dD.to((x if D is None else D).dtype),
-        dbias.to((x if delta_bias is None else delta_bias).dtype),
+        dbias.flatten().to((x if delta_bias is None else delta_bias).dtype),
     )
 
 
-def _ss2d_inputs(x, feats, dt_weight, A, scan_order: ScanOrder) -> tuple[tuple[Tensor, ...], Tensor]:
-    """(u, delta, A, B, C) of the scan in scan order, and the features (B, K, R + 2N, L) they came from."""
-    R, N, dtype = dt_weight.shape[2], A.shape[1], compute_dtype(x)
-    u = _read(scan_order, x[:, None], dtype).flatten(1, 2)
-    features = _read(scan_order, feats, dtype)
-    delta = torch.matmul(dt_weight.to(dtype), features[:, :, :R]).flatten(1, 2)
-    return (u, delta, A, features[:, :, R : R + N], features[:, :, R + N :]), features
+def _ss2d_inputs(x, features, dt_weight, A, scan_order: ScanOrder) -> tuple[Tensor, ...]:
+    """(u, delta, A, B, C) of the scan, of some channels: features (B, K, R + 2N, L) in scan order, A (K, D, N)."""
+    R, N = dt_weight.shape[2], A.shape[2]
+    u = _read(scan_order, x[:, None], features.dtype).flatten(1, 2)
+    delta = torch.matmul(dt_weight.to(features.dtype), features[:, :, :R]).flatten(1, 2)
+    return u, delta, A.flatten(0, 1), features[:, :, R : R + N], features[:, :, R + N :]
 
 
 def _read(scan_order: ScanOrder, maps: Tensor, dtype: torch.dtype) -> Tensor:
@@ -164,6 +167,10 @@ def _merged(scan_order: ScanOrder, rows: Tensor) -> Tensor:
 
 def _batch_blocks(batch: int, cost: int):
     return blocks(batch, max(1, _BUDGET // max(1, cost)))
+
+
+def _channel_blocks(x: Tensor, K: int):
+    return blocks(x.shape[1], max(1, _BUDGET // (K * x.shape[2] * x.shape[3])))
 
 
 for _op in (shared_scan2d, shared_scan2d_backward, ss2d, ss2d_backward):

@@ -88,11 +88,13 @@ def broadcast_add(y, u, D, out_dtype=None):
     if D is None:
         channels.copy_(y)
         return out
-    terms = y.to(dtype), u.to(dtype).unflatten(1, grouped), D.to(dtype).unflatten(0, grouped)[..., None]
-    if out.dtype == dtype:
-        torch.addcmul(*terms, out=channels)
-    else:
-        channels.copy_(torch.addcmul(*terms))
+    u, D = u.unflatten(1, grouped), D.to(dtype).unflatten(0, grouped)[..., None]
+    if out.dtype == u.dtype == dtype:
+        torch.addcmul(y.to(dtype), u, D, out=channels)
+        return out
+    for item, group, channel in tiles(*u.shape, _ROWS_BUDGET):
+        terms = y[item, group].to(dtype), u[item, group, channel].to(dtype), D[group, channel]
+        channels[item, group, channel] = torch.addcmul(*terms)
     return out
 
 

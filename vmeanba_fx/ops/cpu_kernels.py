@@ -8,8 +8,11 @@ each takes the next piece until none is left. Nothing here keeps a state, alloca
 The scratch memory is the caller's: an array that Numba allocates is freed after its last mention, not where addresses in it
 are used for the last time.
 
-Tensors come as addresses, with strides in bytes, so that each kernel is compiled once; they are float32 (tables of positions
-int64), and contiguous in the last dim. Address 0: not given.
+Tensors come as addresses, with strides in bytes, so that each kernel is compiled once; they are contiguous in the last dim.
+Those with a `..._size` have numbers of that many bytes, 4 (float32) or 2 (bfloat16); tables of positions are int64, all else
+is float32. Address 0: not given.
+
+The kernels of the scans whose channels share a decay are in `cpu_shared`.
 """
 
 from collections.abc import Callable
@@ -23,37 +26,44 @@ from .cpu_lanes import (
     LANES,
     ROW,
     TILE,
+    clear,
     deliver,
     enter,
     exp2,
     fetch,
     fma,
     get,
-    last,
     load,
     load_columns,
     load_some,
     position,
     prefetch_vectors,
     put,
+    put_position,
     read,
     read_rows,
-    scan16,
     silu,
     softplus,
     spread,
     store,
-    store_some,
     table,
     take,
     transpose,
-    window_decays,
     write_rows,
 )
+from .cpu_llvm import LOG2_E
 
-LOG2_E = 1.4426950408889634
+# All kernels are found in this module.
+from .cpu_shared import (  # noqa: F401
+    linear_scan,
+    linear_scan_scratch,
+    shared_scan,
+    shared_scan2d,
+    shared_scan2d_scratch,
+    shared_scan_scratch,
+)
+
 SPAN = 8 * ROW  # bytes of a row that the full scan copies at a time
-BLOCK = 64 * LANES  # steps of a one-channel scan whose outputs stay in the cache while the states are summed
 
 
 def selective_scan_scratch(N: int) -> int:
@@ -67,11 +77,10 @@ def selective_scan(data):
     caches, and vectors taken from them one by one would throw each other out. The next span is asked for while this one is
     scanned: with 16 rows of each tensor on the way, the processor does not see what comes next.
 
-    u, delta, z, out (B, K*D, L) with numbers of u_size, ... bytes (2: bfloat16); A (K*D, N) and `out` contiguous; B, C
-    (B, K, N, L); skip, bias (K*D,).
+    u, delta, z, out (B, K*D, L); B, C (B, K, N, L), both of BC_size; A (K*D, N) and `out` contiguous; skip, bias (K*D,).
     """
-    (K, D, N, L, softplus_, u, u_size, u_b, u_c, delta, delta_size, delta_b, delta_c, A, B, B_b, B_k, B_n, C, C_b,
-     C_k, C_n, skip, z, z_size, z_b, z_c, bias, out, out_size) = table(data + ARGUMENTS, 30)  # fmt: skip
+    (K, D, N, L, softplus_, u, u_size, u_b, u_c, delta, delta_size, delta_b, delta_c, A, BC_size, B, B_b, B_k, B_n, C, C_b, C_k,
+     C_n, skip, z, z_size, z_b, z_c, bias, out, out_size) = table(data + ARGUMENTS, 31)  # fmt: skip
     pieces, piece, x_t = enter(data)
     dt_t, du_t, y_t, decay = x_t + TILE, x_t + 2 * TILE, x_t + 3 * TILE, x_t + 4 * TILE
     state, u_rows = decay + N * ROW, decay + 2 * N * ROW
@@ -95,8 +104,8 @@ def selective_scan(data):
             steps = min(SPAN // 4, L - begin)
             read_rows(u_at + u_size * begin, u_c, rows, steps, u_rows, SPAN, u_size)
             read_rows(delta_at + delta_size * begin, delta_c, rows, steps, delta_rows, SPAN, delta_size)
-            read_rows(B_at + 4 * begin, B_n, N, steps, B_rows, SPAN)
-            read_rows(C_at + 4 * begin, C_n, N, steps, C_rows, SPAN)
+            read_rows(B_at + BC_size * begin, B_n, N, steps, B_rows, SPAN, BC_size)
+            read_rows(C_at + BC_size * begin, C_n, N, steps, C_rows, SPAN, BC_size)
             for t in range(0, steps, LANES):
                 ahead = begin + t + SPAN // 4
                 if ahead < L:
@@ -128,31 +137,40 @@ def selective_scan(data):
         piece = take(data)
 
 
-def ss2d_scratch(R: int, N: int, L: int) -> int:
-    return L * ROW + TILE // 2 + 2 * N * ROW + -(-R // LANES) * TILE
+def ss2d_scratch(R: int, N: int, L: int, x_size: int) -> int:
+    """`x_size`: of x where it is turned, else 0."""
+    R_whole, f_whole = -(-R // LANES) * LANES, -(-(R + 2 * N) // LANES) * LANES
+    return TILE // 2 + (2 * N + R_whole) * ROW + 8 * 4 * f_whole + ROW + TILE + L * ROW + L * LANES * x_size
 
 
 def ss2d(data):
     """A piece is 16 channels of one batch item; the lanes are channels, and one position after another is read and added to.
 
-    The sum over directions is kept for these channels alone, (L, 16), and the last direction writes it to `out`.
+    The sum over directions is kept for these channels alone, (L, 16), and the last direction writes it to `out`. Where the
+    channels of x or out do not lie side by side, they are turned for these channels, from or to rows of positions.
 
-    x, out (B, L, D) with numbers of x_size, out_size bytes (2: bfloat16); feats (B, K, L, R + 2N); weight (K, D, R),
-    A (K*D, N) and order (K, L) contiguous; skip (D,); bias (K*D,).
+    x, out: (B, L, D) with x_c, out_c = 0, or (B, D, L) with the stride from channel to channel; feats (B, K, L, R + 2N);
+    weight (K, D, R), A (K*D, N) and order (K, L) contiguous; skip (D,); bias (K*D,).
     """
-    (K, D, R, N, L, softplus_, x, x_size, x_b, x_p, feats, f_b, f_k, f_p, weight, A, skip, bias, order, out,
-     out_size, out_b, out_p) = table(data + ARGUMENTS, 23)  # fmt: skip
-    pieces, piece, sum_t = enter(data)
-    dt_t = sum_t + L * ROW
+    (K, D, R, N, L, softplus_, x, x_size, x_b, x_c, x_p, feats, f_size, f_b, f_k, f_p, weight, A, skip, bias, order, out,
+     out_size, out_b, out_c, out_p) = table(data + ARGUMENTS, 26)  # fmt: skip
+    pieces, piece, dt_t = enter(data)
     decay, state = dt_t + TILE // 2, dt_t + TILE // 2 + N * ROW
-    weight_r = state + N * ROW
+    weight_r, f_row = state + N * ROW, -(-(R + 2 * N) // LANES) * ROW
+    f_t = weight_r - (-R // LANES) * TILE
+    near_t, tile_t = f_t + 8 * f_row, f_t + 8 * f_row + ROW
+    sum_t, x_t = tile_t + TILE, tile_t + TILE + L * ROW
     tiles = (D + LANES - 1) // LANES
     zero = spread(np.float32(0))
     while piece < pieces:
         item, tile = divmod(piece, tiles)
         channel = LANES * tile
         rows = min(LANES, D - channel)
-        x_at, out_at = x + item * x_b + x_size * channel, out + item * out_b + out_size * channel
+        x_at, x_step = x + item * x_b + channel * (x_c if x_c else x_size), x_p
+        out_at = out + item * out_b + channel * (out_c if out_c else out_size)
+        if x_c:
+            _turn_in(x_at, x_c, rows, L, x_size, tile_t, x_t)
+            x_at, x_step = x_t, LANES * x_size
         scale = load_some(skip + 4 * channel, rows) if skip else zero
         for k in range(K):
             for r in range(0, R, LANES):
@@ -161,21 +179,43 @@ def ss2d(data):
             read_decays(A + 4 * (k * D + channel) * N, N, rows, decay)
             clear(state, N)
             shift = load_some(bias + 4 * (k * D + channel), rows) if bias else zero
-            f_at, order_at = feats + item * f_b + k * f_k, order + 8 * k * L
+            f_at = feats + item * f_b + k * f_k
             for t in range(0, L, 8):
-                _step_sizes(f_at, f_p, order_at + 8 * t, min(8, L - t), R, weight_r, shift, softplus_, dt_t)
-                for i in range(min(8, L - t)):
-                    p = position(order_at + 8 * (t + i))
-                    B_at = f_at + f_p * p + 4 * R
-                    x_now = fetch(x_at + x_p * p, rows, x_size)
+                places, count = order + 8 * (k * L + t), min(8, L - t)
+                _find_features(f_at, f_size, f_p, places, count, R + 2 * N, f_t, f_row, near_t)
+                _step_sizes(near_t, R, weight_r, shift, softplus_, dt_t)
+                for i in range(count):
+                    p, B_at = position(places + 8 * i), position(near_t + 8 * i) + 4 * R
+                    x_now, dt = fetch(x_at + x_step * p, rows, x_size), load(dt_t + ROW * i)
                     y = scale * x_now if k == 0 else load(sum_t + ROW * p)
-                    dt = load(dt_t + ROW * i)
                     y = advance(dt, dt * x_now, y, N, decay, state, B_at, B_at + 4 * N, 4)
-                    if k < K - 1:
+                    if k < K - 1 or out_c:
                         store(sum_t + ROW * p, y)
                     else:
                         deliver(out_at + out_p * p, y, rows, out_size)
+        if out_c:
+            _turn_out(sum_t, L, tile_t, rows, out_at, out_c, out_size)
         piece = take(data)
+
+
+@njit(nogil=True)
+def _turn_in(source, stride, rows, L, size, tile_t, target):
+    """From (rows, L) to (L, 16), both with numbers of `size` bytes."""
+    for t in range(0, L, LANES):
+        count = min(LANES, L - t)
+        read_rows(source + size * t, stride, rows, count, tile_t, ROW, size)
+        load_columns(tile_t, ROW, rows, tile_t)
+        for i in range(count):
+            deliver(target + LANES * size * (t + i), load(tile_t + ROW * i), LANES, size)
+
+
+@njit(nogil=True)
+def _turn_out(source, L, tile_t, rows, target, stride, size):
+    """From float32 (L, 16) to (rows, L) with numbers of `size` bytes."""
+    for t in range(0, L, LANES):
+        count = min(LANES, L - t)
+        load_columns(source + ROW * t, ROW, count, tile_t)
+        write_rows(tile_t, ROW, rows, count, target + size * t, stride, size)
 
 
 @njit(nogil=True)
@@ -198,16 +238,19 @@ def advance(dt, du, y, N, decay, state, B_at, C_at, stride):
 
 
 @njit(nogil=True)
-def _step_sizes(f_at, f_p, order_at, count, R, weight_r, shift, softplus_, dt_t):
-    """softplus?(shift + weight @ features) of 8 positions in vectors of 16 channels; of fewer, with some repeated."""
-    f0 = f_at + f_p * position(order_at)
-    f1 = f_at + f_p * position(order_at + 8 * min(1, count - 1))
-    f2 = f_at + f_p * position(order_at + 8 * min(2, count - 1))
-    f3 = f_at + f_p * position(order_at + 8 * min(3, count - 1))
-    f4 = f_at + f_p * position(order_at + 8 * min(4, count - 1))
-    f5 = f_at + f_p * position(order_at + 8 * min(5, count - 1))
-    f6 = f_at + f_p * position(order_at + 8 * min(6, count - 1))
-    f7 = f_at + f_p * position(order_at + 8 * min(7, count - 1))
+def _find_features(f_at, f_size, f_p, places, count, features, f_t, f_row, near_t):
+    """To near_t, where the features of 8 positions lie in float32: of fewer, with the last one repeated."""
+    for i in range(8):
+        source, target = f_at + f_p * position(places + 8 * min(i, count - 1)), f_t + f_row * i
+        if f_size == 2:
+            read_rows(source, 0, 1, features, target, 0, 2)
+        put_position(near_t + 8 * i, target if f_size == 2 else source)
+
+
+@njit(nogil=True)
+def _step_sizes(near_t, R, weight_r, shift, softplus_, dt_t):
+    """softplus?(shift + weight @ features) of 8 positions in vectors of 16 channels."""
+    f0, f1, f2, f3, f4, f5, f6, f7 = table(near_t, 8)
     d0 = d1 = d2 = d3 = d4 = d5 = d6 = d7 = shift
     for r in range(R):
         w = load(weight_r + ROW * r)
@@ -230,142 +273,6 @@ def _step_sizes(f_at, f_p, order_at, count, R, weight_r, shift, softplus_, dt_t)
     if softplus_:
         for i in range(8):
             store(dt_t + ROW * i, softplus(load(dt_t + ROW * i)))
-
-
-def shared_scan_scratch(R: int, N: int) -> int:
-    return 4 * BLOCK + R * N * ROW
-
-
-def shared_scan(data):
-    """A piece is one group of one batch item; the lanes are 16 steps. A (K, N), bias (K,), out (B, K, R, L)."""
-    (K, R, N, L, softplus_, u, u_b, u_k, u_r, delta, delta_b, delta_k, A, B, B_b, B_k, B_n, C, C_b, C_k, C_n, bias,
-     out) = table(data + ARGUMENTS, 23)  # fmt: skip
-    pieces, piece, dt_t = enter(data)
-    state = dt_t + 4 * BLOCK
-    while piece < pieces:
-        item, k = divmod(piece, K)
-        shift = read(bias + 4 * k) if bias else spread(np.float32(0))
-        clear(state, R * N)
-        for begin in range(0, L, BLOCK):
-            u_at, delta_at = u + item * u_b + k * u_k + 4 * begin, delta + item * delta_b + k * delta_k + 4 * begin
-            B_at, C_at = B + item * B_b + k * B_k + 4 * begin, C + item * C_b + k * C_k + 4 * begin
-            out_at, steps = out + 4 * (piece * R * L + begin), min(BLOCK, L - begin)
-            _step_rows(delta_at, steps, shift, softplus_, dt_t)
-            _shared_block(steps, R, N, dt_t, u_at, u_r, A + 4 * k * N, B_at, B_n, C_at, C_n, state, out_at, 4 * L)
-        piece = take(data)
-
-
-def shared_scan2d_scratch(R: int, N: int) -> int:
-    return (1 + 2 * R + 2 * N) * 4 * BLOCK + R * N * ROW
-
-
-def shared_scan2d(data):
-    """As `shared_scan` with the steps anywhere: u, delta, B, C have a stride u_p, ... from position to position of the map.
-
-    order (K, L); out (B, K, R, L), by position.
-    """
-    (K, R, N, L, softplus_, u, u_b, u_k, u_r, u_p, delta, delta_b, delta_k, delta_p, A, B, B_b, B_k, B_n, B_p, C,
-     C_b, C_k, C_n, C_p, bias, order, out) = table(data + ARGUMENTS, 28)  # fmt: skip
-    pieces, piece, dt_t = enter(data)
-    row = 4 * BLOCK
-    u_t, y_t, B_t, C_t = dt_t + row, dt_t + (1 + R) * row, dt_t + (1 + 2 * R) * row, dt_t + (1 + 2 * R + N) * row
-    state = C_t + N * row
-    while piece < pieces:
-        item, k = divmod(piece, K)
-        shift = read(bias + 4 * k) if bias else spread(np.float32(0))
-        clear(state, R * N)
-        for begin in range(0, L, BLOCK):
-            steps, places = min(BLOCK, L - begin), order + 8 * (k * L + begin)
-            gather(delta + item * delta_b + k * delta_k, delta_p, places, steps, dt_t)
-            for r in range(R):
-                gather(u + item * u_b + k * u_k + r * u_r, u_p, places, steps, u_t + r * row)
-            for n in range(N):
-                gather(B + item * B_b + k * B_k + n * B_n, B_p, places, steps, B_t + n * row)
-                gather(C + item * C_b + k * C_k + n * C_n, C_p, places, steps, C_t + n * row)
-            _step_rows(dt_t, steps, shift, softplus_, dt_t)
-            _shared_block(steps, R, N, dt_t, u_t, row, A + 4 * k * N, B_t, row, C_t, row, state, y_t, row)
-            for r in range(R):
-                for i in range(steps):
-                    put(out + 4 * ((piece * R + r) * L + position(places + 8 * i)), get(y_t + r * row + 4 * i))
-        piece = take(data)
-
-
-@njit(nogil=True)
-def clear(state, count):
-    for i in range(count):
-        store(state + ROW * i, spread(np.float32(0)))
-
-
-@njit(nogil=True)
-def gather(source, stride, places, steps, target):
-    for i in range(steps):
-        put(target + 4 * i, get(source + stride * position(places + 8 * i)))
-
-
-@njit(nogil=True)
-def _step_rows(delta_at, steps, shift, softplus_, dt_t):
-    for t in range(0, steps, LANES):
-        dt = load_some(delta_at + 4 * t, min(LANES, steps - t)) + shift
-        store(dt_t + 4 * t, softplus(dt) if softplus_ else dt)
-
-
-@njit(nogil=True)
-def _shared_block(steps, R, N, dt_t, u_at, u_r, A_at, B_at, B_n, C_at, C_n, state, out_at, out_r):
-    for n in range(N):
-        decay = read(A_at + 4 * n) * spread(np.float32(LOG2_E))
-        for t in range(0, steps, LANES):
-            count = min(LANES, steps - t)
-            dt = load(dt_t + 4 * t)
-            drive = dt * load_some(B_at + n * B_n + 4 * t, count)
-            C_now = load_some(C_at + n * C_n + 4 * t, count)
-            _steps(exp2(dt * decay), drive, C_now, u_at + 4 * t, u_r, True, n, R, state, out_at + 4 * t, out_r, count)
-
-
-def linear_scan_scratch(R: int, N: int) -> int:
-    return R * N * ROW
-
-
-def linear_scan(data):
-    """As `shared_scan`, after the discretisation."""
-    (K, R, N, L, a, a_b, a_k, a_n, b, b_b, b_k, b_r, b_n, C, C_b, C_k, C_n, out) = table(data + ARGUMENTS, 18)
-    pieces, piece, state = enter(data)
-    while piece < pieces:
-        item, k = divmod(piece, K)
-        clear(state, R * N)
-        for begin in range(0, L, BLOCK):
-            end = min(L, begin + BLOCK)
-            for n in range(N):
-                a_at, C_at = a + item * a_b + k * a_k + n * a_n, C + item * C_b + k * C_k + n * C_n
-                b_at = b + item * b_b + k * b_k + n * b_n
-                for t in range(begin, end, LANES):
-                    count = min(LANES, end - t)
-                    a_now, C_now = load_some(a_at + 4 * t, count), load_some(C_at + 4 * t, count)
-                    out_at = out + 4 * (piece * R * L + t)
-                    _steps(a_now, C_now, C_now, b_at + 4 * t, b_r, False, n, R, state, out_at, 4 * L, count)
-        piece = take(data)
-
-
-@njit(nogil=True)
-def _steps(a, drive, C_now, b_at, b_r, scaled, n, R, state, out_at, out_r, count):
-    """16 steps of state n of R channels that share the decay; `out` is begun by state 0 and added to by the others."""
-    reach, held = window_decays(a), state + ROW * n * R
-    _channel_steps(a, reach, drive, C_now, b_at, scaled, n, held, out_at, count)
-    for r in range(1, R):
-        _channel_steps(a, reach, drive, C_now, b_at + b_r * r, scaled, n, held + ROW * r, out_at + out_r * r, count)
-
-
-@njit(nogil=True)
-def _channel_steps(a, reach, drive, C_now, b_at, scaled, n, held, out_at, count):
-    b = load_some(b_at, count)
-    if scaled:
-        b = b * drive
-    before, h = load(held), scan16(a, b)
-    # Not last(h) after the next line: from vector to vector there should be one multiply-add, and no more.
-    store(held, fma(last(reach), before, last(h)))
-    y = fma(reach, before, h) * C_now
-    if n:
-        y = y + load_some(out_at, count)
-    store_some(out_at, y, count)
 
 
 @cache

@@ -1,7 +1,7 @@
 """What the CPU kernels are written in: vectors of 16 float32 as a Numba type, and functions on them and on addresses.
 
 Numba's cache only notices changes in the file of a kernel itself: after a change here or in `cpu_llvm.py`, touch
-`cpu_kernels.py` as well.
+`cpu_kernels.py` and `cpu_shared.py` as well.
 """
 
 import operator
@@ -111,6 +111,16 @@ def position(context, address):
 
 
 @intrinsic
+def put_position(context, address, value):
+    """Store one int64."""
+
+    def build(b, address, value):
+        b.store(value, llvm.at(b, address, llvm.i64))
+
+    return types.void(types.int64, types.int64), _lower(build)
+
+
+@intrinsic
 def take(context, address):
     """Add one to an int64, of which other threads may do the same, and return what it was before."""
 
@@ -146,6 +156,17 @@ def put(context, address, value):
 def get(context, address):
     """One float."""
     return types.float32(types.int64), _lower(lambda b, address: b.load(llvm.at(b, address, llvm.f32), typ=llvm.f32))
+
+
+@intrinsic
+def get_half(context, address):
+    """One bfloat16, widened."""
+
+    def build(b, address):
+        bits = b.load(llvm.at(b, address, ir.IntType(16)), typ=ir.IntType(16))
+        return b.bitcast(b.shl(b.zext(bits, llvm.i32), llvm.i32(16)), llvm.f32)
+
+    return types.float32(types.int64), _lower(build)
 
 
 @intrinsic
@@ -300,6 +321,12 @@ def write_rows(source, source_stride, rows, count, target, target_stride, size):
         for t in range(0, count, LANES):
             x = load(source + source_stride * i + 4 * t)
             deliver(target + target_stride * i + size * t, x, min(LANES, count - t), size)
+
+
+@njit(nogil=True)
+def clear(target, count):
+    for i in range(count):
+        store(target + ROW * i, spread(np.float32(0)))
 
 
 @njit(nogil=True)
