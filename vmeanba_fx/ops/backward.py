@@ -8,6 +8,10 @@ is the same recurrence backwards in time,
 and everything else is products summed over the dims an input lacks. States are recomputed, not stored.
 """
 
+from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
+
 import torch
 from torch import Tensor
 
@@ -45,16 +49,19 @@ def shared_scan_backward(grad, u, delta, A, B, C, delta_bias, delta_softplus):
 def linear_scan_backward(grad, a, b, C):
     """Gradients for a, b and C."""
     dtype = compute_dtype(a)
-    da, dC = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (a, C))
-    db = torch.empty(b.shape, dtype=b.dtype, device=b.device)
-    for item, group, channel in tiles(*b.shape[:3], b.shape[3] * b.shape[4], _BUDGET):
-        decay, dy = a[item, group, None].to(dtype), grad[item, group, channel].to(dtype)
-        h = scan_rows(decay, b[item, group, channel].to(dtype))
-        g = _state_gradient(decay, C[item, group].to(dtype), dy)
-        db[item, group, channel] = g
-        dC[item, group] += (h * dy[:, :, :, None]).sum(2)
-        da[item, group] += _decay_gradient(g, h, own_decay=False)[:, :, 0]
-    return da.to(a.dtype), db, dC.to(C.dtype)
+    da, db, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (a, b, C))
+    for item, group, cut in _by_group(*b.shape[:3], b.shape[3] * b.shape[4]):
+        decay, read = a[item, group, None].to(dtype), C[item, group].to(dtype)
+        da_now, dC_now = torch.zeros_like(decay[:, :, 0]), torch.zeros_like(read)
+        for channel in cut:
+            dy = grad[item, group, channel].to(dtype)
+            h = scan_rows(decay, b[item, group, channel].to(dtype))
+            g = _state_gradient(decay, read, dy)
+            db[item, group, channel] = g
+            dC_now += (h * dy[:, :, :, None]).sum(2)
+            da_now += _decay_gradient(g, h, own_decay=False)[:, :, 0]
+        da[item, group], dC[item, group] = da_now, dC_now
+    return da, db, dC
 
 
 def _scan_backward(grad, u, delta, A, B, C, D, z, bias, softplus):
@@ -62,55 +69,70 @@ def _scan_backward(grad, u, delta, A, B, C, D, z, bias, softplus):
     batch, K, channels, length = u.shape
     dtype, own_decay = compute_dtype(u), delta.shape[2] == channels
 
-    def total(like: Tensor | None) -> Tensor:
-        return torch.zeros(0 if like is None else like.shape, dtype=dtype, device=u.device)
+    def like(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+        shape = 0 if tensor is None else tensor.shape
+        return torch.zeros(shape, dtype=dtype or (u if tensor is None else tensor).dtype, device=u.device)
 
-    du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    dz = torch.empty(0 if z is None else z.shape, dtype=u.dtype if z is None else z.dtype, device=u.device)
-    ddelta, dA, dB, dC, dD, dbias = (total(t) for t in (delta, A, B, C, D, bias))
+    du, ddelta, dB, dC, dz = (like(t) for t in (u, delta, B, C, z))
+    dA, dD, dbias = (like(t, dtype) for t in (A, D, bias))
 
-    for item, group, channel in tiles(batch, K, channels, A.shape[2] * length, _BUDGET):
-        own = channel if own_decay else slice(None)
-        x = u[item, group, channel].to(dtype)
-        dt = step_size(delta[item, group, own], part(bias, group, own), softplus, u)
-        dy = grad[item, group, channel].to(dtype)
-        a, b = discretise(dt, x, A[group, own], B[item, group])
-        h = scan_rows(a, b)
-        read, skip = C[item, group].to(dtype), None if D is None else D[group, channel, None].to(dtype)
+    for item, group, cut in _by_group(batch, K, channels, A.shape[2] * length):
+        drive, read = B[item, group].to(dtype), C[item, group].to(dtype)
+        dB_now, dC_now = torch.zeros_like(drive), torch.zeros_like(read)
+        ddt_now = None if own_decay else like(delta[item, group], dtype)
+        for channel in cut:
+            own = channel if own_decay else slice(None)
+            x = u[item, group, channel].to(dtype)
+            dt = step_size(delta[item, group, own], part(bias, group, own), softplus, u)
+            dy = grad[item, group, channel].to(dtype)
+            a, b = discretise(dt, x, A[group, own], drive)
+            h = scan_rows(a, b)
+            skip = None if D is None else D[group, channel, None].to(dtype)
 
-        if z is not None:
-            gate = z[item, group, channel].to(dtype)
-            sigmoid = torch.sigmoid(gate)
-            y = (h * read[:, :, None]).sum(3)
+            if z is not None:
+                gate = z[item, group, channel].to(dtype)
+                sigmoid = torch.sigmoid(gate)
+                y = (h * read[:, :, None]).sum(3)
+                if skip is not None:
+                    y.addcmul_(x, skip)
+                dz[item, group, channel] = dy * y * sigmoid * (1 + gate * (1 - sigmoid))
+                dy = dy * gate * sigmoid
+
+            g = _state_gradient(a, read, dy)
+            d_product = (g * drive[:, :, None]).sum(3)  # for dt u, (B, K, D, L)
+            d_exponent = _decay_gradient(g, h, own_decay).mul_(a)  # for dt A, (B, K, D|1, N, L)
+
+            dC_now += (h * dy[:, :, :, None]).sum(2)
+            dB_now += (g * (dt * x)[:, :, :, None]).sum(2)
+            dA[group, own] += (d_exponent * dt[:, :, :, None]).sum((0, 4))
+            dx = d_product * dt
             if skip is not None:
-                y.addcmul_(x, skip)
-            dz[item, group, channel] = dy * y * sigmoid * (1 + gate * (1 - sigmoid))
-            dy = dy * gate * sigmoid
+                dx.addcmul_(dy, skip)
+                dD[group, channel] += (dy * x).sum((0, 3))
+            du[item, group, channel] = dx
 
-        g = _state_gradient(a, read, dy)
-        d_product = (g * B[item, group, None].to(dtype)).sum(3)  # for dt u, (B, K, D, L)
-        d_exponent = _decay_gradient(g, h, own_decay).mul_(a)  # for dt A, (B, K, D|1, N, L)
+            ddt = d_product.mul_(x) if own_decay else (d_product * x).sum(2, keepdim=True)
+            ddt += (d_exponent * A[group, own, :, None].to(dtype)).sum(3)
+            if softplus:
+                ddt *= -torch.expm1(-dt)  # softplus'(s) = sigmoid(s) = 1 - exp(-softplus(s))
+            if bias is not None:
+                dbias[group, own] += ddt.sum((0, 3))
+            if own_decay:
+                ddelta[item, group, channel] = ddt
+            else:
+                ddt_now += ddt
+        dB[item, group], dC[item, group] = dB_now, dC_now
+        if not own_decay:
+            ddelta[item, group] = ddt_now
 
-        dC[item, group] += (h * dy[:, :, :, None]).sum(2)
-        dB[item, group] += (g * (dt * x)[:, :, :, None]).sum(2)
-        dA[group, own] += (d_exponent * dt[:, :, :, None]).sum((0, 4))
-        dx = d_product * dt
-        if skip is not None:
-            dx.addcmul_(dy, skip)
-            dD[group, channel] += (dy * x).sum((0, 3))
-        du[item, group, channel] = dx
-
-        ddt = d_product.mul_(x) if own_decay else (d_product * x).sum(2, keepdim=True)
-        ddt += (d_exponent * A[group, own, :, None].to(dtype)).sum(3)
-        if softplus:
-            ddt *= -torch.expm1(-dt)  # softplus'(s) = sigmoid(s) = 1 - exp(-softplus(s))
-        ddelta[item, group, own] += ddt
-        if bias is not None:
-            dbias[group, own] += ddt.sum((0, 3))
-
-    sums = ((ddelta, delta), (dA, A), (dB, B), (dC, C), (dD, D), (dbias, bias))
-    ddelta, dA, dB, dC, dD, dbias = (x.to((u if like is None else like).dtype) for x, like in sums)
+    dA, dD, dbias = (x.to((u if given is None else given).dtype) for x, given in ((dA, A), (dD, D), (dbias, bias)))
     return du, ddelta, dA, dB, dC, dD, dz, dbias
+
+
+def _by_group(batch: int, groups: int, channels: int, cost: int) -> Iterator[tuple[slice, slice, Iterator[slice]]]:
+    """`tiles`, with those together that share their batch items and groups: sums over channels are of such."""
+    for (item, group), cut in groupby(tiles(batch, groups, channels, cost, _BUDGET), key=itemgetter(0, 1)):
+        yield item, group, (channel for _, _, channel in cut)
 
 
 def _state_gradient(a: Tensor, C: Tensor, dy: Tensor) -> Tensor:
