@@ -154,11 +154,14 @@ class TinyNet(nn.Module):
         self.head = nn.Linear(dim, CLASSES)
         nn.init.normal_(self.head.weight)  # scores of a size at which metrics tell models apart
 
-    def features(self, x: Tensor) -> Tensor:
+    def maps(self, x: Tensor) -> Tensor:
         x = self.embed(x).permute(0, 2, 3, 1)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x).mean((1, 2))
+        return self.norm(x)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.maps(x).mean((1, 2))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
@@ -185,6 +188,20 @@ def tiny(depth: int = 2, *, seed: int = 0, dim: int = 6, **options) -> TinyNet:
 def live(depth: int = 2, **options) -> TinyNet:
     """As :func:`tiny`, but nothing absorbs a channel-constant term behind its scans."""
     return tiny(depth, after=nn.Identity(), **options)
+
+
+class Dense(TinyNet):
+    """(B, 3, 12, 20) -> (B, 7, 3, 5): class scores for every place of the map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.maps(x)).permute(0, 3, 1, 2)
+
+
+def dense(depth: int = 2, **options) -> Dense:
+    """A :func:`live` model of dense scores."""
+    model = live(depth, **options)
+    model.__class__ = Dense
+    return model
 
 
 def images(batch: int = 2, *, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:

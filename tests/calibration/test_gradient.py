@@ -58,10 +58,11 @@ def test_derivative_against_finite_differences(runner, taken):
     assert weight == 1
 
 
-def test_curvature_of_kl_against_second_differences(monkeypatch):
+@pytest.mark.parametrize("build", [zoo.live, zoo.dense])
+def test_curvature_of_kl_against_second_differences(build, monkeypatch):
     """At g = 0 the KL has no slope, and half its second derivative is what the random signs estimate."""
     monkeypatch.setattr("vmeanba_fx.calibration.gradient.PROBES", 400)
-    runner, batch = runner_of(zoo.live(2), "kl")
+    runner, batch = runner_of(build(2), "kl")
     estimator = Estimator(runner, [0, 1])
     found, _ = estimator.columns(0, batch)
     h = 1e-3

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vmeanba_fx.fitting import least_squares
 from vmeanba_fx.fitting.least_squares import RIDGES, Layout, Sums, Weighting, auto_rank, fit_low_rank, refit_linear
 
 NO_RIDGE = (1e-13,)
@@ -124,6 +125,13 @@ def test_streamed_sums_equal_those_of_one_batch(parts):
     torch.testing.assert_close(many.halves, one.halves, rtol=1e-12, atol=1e-9)
     found, expected = (fit_low_rank(s, layout, 2, weightings=weightings(layout, True), skip=True)[0][0] for s in (many, one))
     torch.testing.assert_close(found.V, expected.V, rtol=1e-6, atol=1e-8)
+
+
+def test_eigenvectors_have_fixed_signs():
+    """Else the same data would give W and V of other signs, and other bytes, with another LAPACK."""
+    gram = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    vectors = least_squares._leading(gram @ gram.T, 4)
+    assert (vectors.gather(0, vectors.abs().argmax(0, keepdim=True)) > 0).all()
 
 
 def test_the_same_sums_give_the_same_bytes():

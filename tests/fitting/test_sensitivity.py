@@ -38,24 +38,8 @@ def test_probes_have_the_curvature_of_the_class_probabilities(monkeypatch):
     torch.testing.assert_close(total, torch.diag(p) - torch.outer(p, p))
 
 
-class Dense(zoo.TinyNet):
-    """Class scores (B, 7, 6, 10) for every place of the map."""
-
-    def forward(self, x):
-        x = self.embed(x).permute(0, 2, 3, 1)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x)).permute(0, 3, 1, 2)
-
-
-def dense(depth):
-    model = zoo.tiny(depth)
-    model.__class__ = Dense
-    return model
-
-
 @pytest.mark.parametrize(
-    "build", [zoo.tiny, lambda n: zoo.live(n, directions=2), dense], ids=["annihilated", "live", "dense"]
+    "build", [zoo.tiny, lambda n: zoo.live(n, directions=2), zoo.dense], ids=["annihilated", "live", "dense"]
 )
 def test_gradients_are_those_of_finite_differences(build):
     x = zoo.images(4, dtype=torch.float64)

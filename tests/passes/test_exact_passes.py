@@ -8,14 +8,16 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from vmeanba_fx.passes import channels_last, cleanup
 
 import vmeanba_fx
 from tests import zoo
 from tests.helpers import relative_error
 from tests.passes.cases import BOUND, EXACT, OURS, VARIANTS, Walks, planned, targets
+from vmeanba_fx import ops
 from vmeanba_fx.analysis.cross_scan import find_cross_scan
 from vmeanba_fx.analysis.evaluate import Unprovable, evaluate
-from vmeanba_fx.graph import NOT_FUSED, aten, scan_nodes
+from vmeanba_fx.graph import NOT_FUSED, arguments, aten, copy_graph, scan_nodes
 from vmeanba_fx.ops.directions import direction_table
 
 
@@ -207,10 +209,17 @@ class ShiftedProjection(Walks):
         return tuple(t.roll(1, -1) for t in super().split(u))
 
 
+class OwnOrder(Walks):
+    """One channel is scanned backwards; the features, and the other channels, walk as usual."""
+
+    def scanned(self, u):
+        return torch.cat([u[:, :, :1], u[:, :, 1:2].flip(-1), u[:, :, 2:]], dim=2)
+
+
 @pytest.mark.parametrize(
     "kind",
     [GateBeforeMerge, PositionWeights, MissingDirection, Observer, NonlinearFeatures, NormalisedFeatures, SwappedMerge,
-     ShiftedProjection],
+     ShiftedProjection, OwnOrder],
 )  # fmt: skip
 def test_near_misses_stay(kind):
     model = kind(direction_table([0, 3], 3, 4), 5, 2).double()
@@ -313,3 +322,68 @@ def test_slices_that_take_all_go():
     ]
     assert (0, sys.maxsize) in bounds[0] and (0, sys.maxsize) not in bounds[1]
     assert (1, sys.maxsize, 2) in bounds[1]
+
+
+def rewritten(step, model, *args):
+    """The captured model, and after ``step``."""
+    gm = vmeanba_fx.capture(model, args)
+    return gm, step(copy_graph(gm))
+
+
+def test_a_dropout_that_always_draws_stays():
+    class Net(nn.Module):
+        def forward(self, x):
+            return F.dropout(F.dropout(x, 0.5, training=True), 0.5, training=False)
+
+    x = torch.randn(2, 50)
+    _, gm = rewritten(cleanup, Net(), x)
+    assert targets(gm).count(aten.dropout.default) == 1
+    assert (gm(x) == 0).any()
+
+
+def test_a_copy_goes_only_behind_another():
+    class Net(nn.Module):
+        def forward(self, x):
+            return x.transpose(1, 2).contiguous(), (2 * x).transpose(1, 2).contiguous().clone()
+
+    x = torch.randn(2, 3, 5)
+    before, gm = rewritten(cleanup, Net(), x)
+    copies = {aten.contiguous.default, aten.clone.default}
+    assert [sum(t in copies for t in targets(g)) for g in (before, gm)] == [3, 2]
+    for found, expected in zip(gm(x), before(x), strict=True):
+        assert torch.equal(found, expected) and found.is_contiguous()
+
+
+def test_a_map_with_its_channels_first_is_not_turned_for_a_sum():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.near, self.linear = nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 6)
+
+        def forward(self, x):
+            return F.silu(self.near(x) + self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+    x = torch.randn(2, 6, 4, 5)
+    before, gm = rewritten(channels_last, Net().eval(), x)
+    [conv] = gm.graph.find_nodes(op="call_function", target=aten.conv2d.default)
+    assert [user.target for user in conv.users] == [aten.add.Tensor]
+    torch.testing.assert_close(gm(x), before(x))
+
+
+@pytest.mark.parametrize("out_dtype", [None, torch.float32])
+def test_an_op_with_a_skip_of_its_own_keeps_its_dtype(out_dtype):
+    """As a user calls it: ``lift_skip`` makes the skip a node, in float32."""
+    given = {name: t.bfloat16() for name, t in zoo.scan_inputs(dtype=torch.float32).items()}
+
+    class Net(nn.Module):
+        def forward(self, u, delta):
+            return ops.selective_scan(
+                u, delta, given["A"], given["B"], given["C"], given["D"], None, given["delta_bias"], True, out_dtype
+            )
+
+    gm = vmeanba_fx.capture(Net(), (given["u"], given["delta"]))
+    [(_, scan)] = scan_nodes(gm)
+    assert arguments(scan)["D"] is None
+    found, expected = (m(given["u"], given["delta"]) for m in (gm, Net()))
+    assert found.dtype == expected.dtype == (out_dtype or torch.bfloat16)
+    torch.testing.assert_close(found, expected)
