@@ -64,11 +64,12 @@ def make_buffer(
     gm: fx.GraphModule, emit: Emitter, site: str, name: str, tensor: Tensor, cross: CrossScan,
     dtype: torch.dtype | None = None,
 ) -> fx.Node:  # fmt: skip
-    """``tensor`` as a buffer on the device of ``cross``; in its dtype, or in ``dtype`` where that is wider or no float."""
+    """``tensor`` on the device of ``cross``; in its dtype, or in ``dtype`` where that is wider or no float. Floats are
+    weights, made of those of the model, and can be trained as those could."""
     held = value(cross.source)
     if dtype is None or dtype.is_floating_point:
         dtype = held.dtype if dtype is None else torch.promote_types(held.dtype, dtype)
-    return emit.get_attr(gm, f"{site}.{name}", tensor.to(held.device, dtype).contiguous())
+    return emit.get_attr(gm, f"{site}.{name}", tensor.to(held.device, dtype).contiguous(), dtype.is_floating_point)
 
 
 def feature_maps(

@@ -52,5 +52,6 @@ def _merge(gm: fx.GraphModule, product: fx.Node) -> None:
     if value(x).dtype != dtype:
         x = emit(aten.to.dtype, x, dtype)
     skip = torch.zeros(cross.channels) if merge.skip is None else merge.skip
-    weight = emit.get_attr(gm, f"{product.meta[SITE]}.D", skip.to(value(cross.source).device, dtype).reshape(-1, 1, 1))
+    skip = skip.to(value(cross.source).device, dtype).reshape(-1, 1, 1)
+    weight = emit.get_attr(gm, f"{product.meta[SITE]}.D", skip, trained=True)
     merge.node.replace_all_uses_with(restore_shape(emit, emit(aten.mul.Tensor, x, weight), merge))

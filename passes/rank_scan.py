@@ -55,7 +55,7 @@ def _replace(gm: fx.GraphModule, scan: fx.Node, fit: RankFit) -> None:
     device = value(args["u"]).device
 
     def constant(name: str, tensor: Tensor, dtype: torch.dtype) -> fx.Node:
-        return emit.get_attr(gm, f"{prefix}_{name}", tensor.to(device, dtype).contiguous())
+        return emit.get_attr(gm, f"{prefix}_{name}", tensor.to(device, dtype).contiguous(), trained=True)
 
     groups, channels = group_shape(value(args["u"]), value(args["B"]))
     out = rank_block(

@@ -136,7 +136,7 @@ def refit(gm: fx.GraphModule, layer: fx.Node, weight: Tensor, bias: Tensor) -> f
     emit = Emitter(gm.graph, layer, NAME)
     at = weight_position(layer)
     held = value(layer.args[at])
-    new = [emit.get_attr(gm, f"{layer.name}_refit_{name}", t.detach().to(held.device, held.dtype)) for name, t in
+    new = [emit.get_attr(gm, f"{layer.name}_refit_{name}", t.detach().to(held.device, held.dtype), trained=True) for name, t in
            (("weight", weight.reshape(held.shape)), ("bias", bias))]  # fmt: skip
     args = [*layer.args, *[None] * (at + 2 - len(layer.args))]
     args[at : at + 2] = new

@@ -143,7 +143,8 @@ def test_the_dtype_is_the_models(dtype):
     x = zoo.images(3, dtype=dtype)
     for k in (0, 1):
         gm = vmeanba_fx.transform(model, [x], k=k)
-        assert gm(x).dtype == dtype and {p.dtype for p in gm.parameters()} == {dtype}
+        own = {name for name, _ in model.named_parameters()}
+        assert gm(x).dtype == dtype and {p.dtype for name, p in gm.named_parameters() if name in own} == {dtype}
 
 
 def test_modes_can_be_switched(results):
@@ -330,8 +331,21 @@ def test_unknown_passes_cannot_be_skipped(plan):
 @pytest.mark.parametrize("form", ["some", "literal"])
 def test_results_can_be_trained(results, form):
     gm = copy_graph(results[form])
+    assert not [name for name, buffer in gm.named_buffers() if buffer.is_floating_point()]  # all weights are parameters
     loss = F.cross_entropy(gm(zoo.images(4)), torch.tensor([0, 1, 2, 3]))
     loss.backward()
     grads = {name: p.grad for name, p in gm.named_parameters()}
     assert all(g is not None and g.isfinite().all() for g in grads.values())
     assert sum(bool(g.abs().sum() > 0) for g in grads.values()) == len(grads)
+
+
+def test_fitted_weights_can_be_trained_as_well():
+    gm = vmeanba_fx.transform(zoo.live(2), zoo.labelled(2, 4), sites=["blocks.0.op"], reduce="rank", rank=2, refit=True)
+    assert not [name for name, buffer in gm.named_buffers() if buffer.is_floating_point()]
+    gm(zoo.images(4)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in gm.parameters())
+
+
+def test_weights_of_a_frozen_model_stay_frozen():
+    gm = vmeanba_fx.transform(zoo.tiny(2, directions=4).requires_grad_(False), [zoo.images(2)], sites=["blocks.0.op"])
+    assert not any(p.requires_grad for p in gm.parameters())

@@ -71,7 +71,8 @@ def bake_autocast(gm: fx.GraphModule, dtype: torch.dtype = torch.float16) -> fx.
     """A copy of a rewritten float32 model that does by itself what ``torch.autocast("cuda", dtype)`` does around it.
 
     Weights of convolutions and matrix products are held in ``dtype`` (half the memory, no cast at run time), norms and the
-    residual stream stay in float32. Lossy as autocast is: outputs differ from autocast's by rounding only.
+    residual stream stay in float32. Lossy as autocast is: outputs differ from autocast's by rounding only. For inference: the
+    half-precision weights are buffers.
 
     Compile the result with ``torch.compile(gm, options={"realize_reads_threshold": 2})``: VMamba then runs in two thirds of the
     memory, no slower. As it is, Inductor keeps up to five terms of the residual stream instead of their sum; and it counts an

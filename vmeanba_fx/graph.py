@@ -193,14 +193,21 @@ class Emitter:
         refresh(node)
         return node
 
-    def get_attr(self, owner: fx.GraphModule, name: str, tensor: torch.Tensor) -> fx.Node:
-        """Register ``tensor`` as a buffer of ``owner`` under a fresh name made of ``name``; returns a node that reads it."""
+    def get_attr(self, owner: fx.GraphModule, name: str, tensor: torch.Tensor, trained: bool = False) -> fx.Node:
+        """Register ``tensor`` with ``owner`` under a fresh name made of ``name``; returns a node that reads it.
+
+        It is a buffer, or with ``trained`` a parameter, which is frozen where all others are.
+        """
         name = name.replace(".", "_").replace("#", "_")
         fresh, i = name, 0
         while hasattr(owner, fresh):
             i += 1
             fresh = f"{name}_{i}"
-        owner.register_buffer(fresh, tensor)
+        if trained:
+            frozen = not any(p.requires_grad for p in owner.parameters())
+            owner.register_parameter(fresh, torch.nn.Parameter(tensor, requires_grad=not frozen))
+        else:
+            owner.register_buffer(fresh, tensor)
         with self.graph.inserting_before(self.before):
             node = self.graph.get_attr(fresh)
         node.meta[MADE_BY] = self.made_by

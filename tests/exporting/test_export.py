@@ -68,6 +68,11 @@ def test_pt2_gives_back_module_report_and_plan(form, tmp_path):
     found.module.train().eval()
 
 
+def test_a_file_holds_the_example_and_not_the_data_it_is_a_slice_of(tmp_path):
+    data = images(2).repeat(500, 1, 1, 1)
+    assert export(result("k=0"), data[:2], tmp_path / "model.pt2").bytes < data.nbytes / 4
+
+
 def test_a_loaded_module_goes_on(tmp_path):
     """It can be written again, and what is left to replace can be replaced."""
     export(result("one"), None, tmp_path / "one.pt2")

@@ -93,7 +93,7 @@ def calibrate(
             ``reduce="rank"``.
         exclude: names or globs of sites that ``greedy`` and ``held_out`` leave alone.
         group_by: ``"module"`` replaces the scans of a module together there, and in choosing by default.
-        transform_fn: maps a batch of the loader to ``(inputs, labels)``.
+        transform_fn: maps a batch of the loader to ``(inputs, labels)``, or to a :class:`vmeanba_fx.Batch`.
         max_batches: stop after so many batches.
         seed: seeds torch's generators while the loader runs, so that a shuffling loader gives the same data again.
         resume: a file that receives the state after every batch. A run that was killed goes on from it, and the

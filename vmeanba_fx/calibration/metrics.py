@@ -24,7 +24,11 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of one forward (``args``, ``kwargs``), the ``labels`` if there are any, and the batch as the loader gave it."""
+    """Inputs of one forward (``args``, ``kwargs``), the ``labels`` if there are any, and the batch as the loader gave it.
+
+    What ``transform_fn`` of :func:`vmeanba_fx.calibrate` returns for a model with several positional inputs:
+    ``Batch((image, mask), labels=labels)``.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)

@@ -251,7 +251,8 @@ def _inputs(gm: fx.GraphModule, given: Any) -> tuple[tuple[Any, ...], dict[str, 
         if isinstance(mine, Tensor) != isinstance(theirs, Tensor) or (isinstance(mine, Tensor) and not mine.numel()):
             raise ExportError("the example inputs are empty or not tensors where those of the capture are")
     device = device_of(gm)
-    inputs = pytree.tree_map_only(Tensor, lambda t: t.detach().to(device), inputs)
+    # Copies: a slice of the data set would bring all of it into the file.
+    inputs = pytree.tree_map_only(Tensor, lambda t: t.detach().to(device, copy=True), inputs)
     if guard := failed_guard(gm, *inputs):
         raise ExportError(f"the example inputs are not such as the graph takes: {guard} does not hold")
     own = batch_size(*inputs)
