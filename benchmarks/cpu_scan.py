@@ -129,7 +129,10 @@ def require(name: str, difference: float, shape: tuple[int, ...]) -> None:
 
 
 def growth(states: int, seconds: float) -> list[list]:
-    """Time per state of the full scan and of the one-channel scan for growing lengths."""
+    """Time per state of the full scan, of the one-channel scan, and of the product of u and delta, for growing lengths.
+
+    PyTorch's product reads what the scan of one state reads and has an output of the same size: its new pages cost as much.
+    """
     rows = []
     for length in LENGTHS:
         full, one = inputs(1, 4, 96, states, length)
@@ -137,7 +140,8 @@ def growth(states: int, seconds: float) -> list[list]:
             require("selective_scan", error(scan(**full), naive.selective_scan(**doubled(full))), (length,))
         full_ms = median(lambda full=full: scan(**full), seconds)
         one_ms = median(lambda one=one: one_channel_scan(**one), seconds)
-        rows.append([states, length, full_ms, 1e6 * full_ms / (4 * 96 * states * length), one_ms])
+        product_ms = median(lambda full=full: full["u"] * full["delta"], seconds)
+        rows.append([states, length, full_ms, 1e6 * full_ms / (4 * 96 * states * length), one_ms, product_ms])
     return rows
 
 
@@ -179,7 +183,10 @@ def main(arguments: list[str] | None = None) -> None:
     tables = [
         tabulate(rows, headers, tablefmt="github", floatfmt=formats),
         tabulate(
-            longer, ["N", "L", "scan ms", "ns per state", "D=1 ms"], tablefmt="github", floatfmt=("d", "d", ".3f", ".2f", ".3f")
+            longer,
+            ["N", "L", "scan ms", "ns per state", "D=1 ms", "u * delta ms"],
+            tablefmt="github",
+            floatfmt=("d", "d", ".3f", ".2f", ".3f", ".3f"),
         ),
     ]
     text = "\n\n".join([conditions(options.threads) + ", float32", tables[0], "Batch 1, K = 4, D = 96:", tables[1]]) + "\n"
