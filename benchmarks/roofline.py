@@ -29,8 +29,8 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import ss2d
-from benchmarks.end_to_end import LIMITS, PRECISIONS, allow_tf32, at_precision, build
-from benchmarks.running import GraphReplay, Turn, compiled_out_of_turn, relative, timed
+from benchmarks.end_to_end import LIMITS, PRECISIONS, Variant, allow_tf32, at_precision, build
+from benchmarks.running import GraphReplay, Jobs, Turn, compiled_out_of_turn, relative, timed
 from vmeanba_fx import models
 
 BYTES = {"c10::Half": 2, "c10::BFloat16": 2, "float": 4, "double": 8, "long int": 8, "bool": 1}
@@ -62,26 +62,33 @@ class Kernel:
 
 def main() -> None:
     args = parse()
+    jobs = Jobs(args.jobs)
+    with tempfile.NamedTemporaryFile() as lock:
+        for name in args.model:
+            for v in at_precision(build(args, models, name), PRECISIONS[args.precision], ["baked"]):
+                jobs.start(account, args, name, v, args.lock or lock.name)
+        jobs.wait()
+
+
+def account(args: argparse.Namespace, name: str, v: Variant, lock: str) -> None:
+    """The page of one variant."""
+    turn = Turn(lock)
+    turn.take()
     card = measured_card(PRECISIONS[args.precision] or torch.float32)
-    for name in args.model:
-        pages = []
-        args.skip_official, args.official, args.rank = True, None, []
-        for v in at_precision(build(args, models, name), PRECISIONS[args.precision], ["baked"]):
-            images = torch.randn(args.batch, 3, args.size, args.size).cuda()
-            allow_tf32(False)
-            with torch.inference_mode():
-                expected = v.reference.cuda()(images)
-                allow_tf32(True)
-                # With ``benchmark_kernel`` Inductor notes how much each of its kernels moves.
-                run = compiled_out_of_turn(v.model.cuda(), Turn(None), {"benchmark_kernel": True}, fullgraph=True)
-                if not relative(run(images).float(), expected) <= LIMITS[args.precision]:
-                    raise SystemExit(f"{name}, {v.label}: wrong numbers")
-                ms = timed(run, images, args.seconds)[0]
-                kernels = [*of_trace(trace(run, images), card)]
-                graph = timed(GraphReplay(run), images, args.seconds)[0]
-            pages.append(f"{v.label}:\n\n{page(kernels, ms, graph)}")
-            torch._dynamo.reset()
-        write(args, name, card, pages)
+    images = torch.randn(args.batch, 3, args.size, args.size).cuda()
+    allow_tf32(False)
+    with torch.inference_mode():
+        expected = v.reference.cuda()(images)
+        allow_tf32(True)
+        # With ``benchmark_kernel`` Inductor notes how much each of its kernels moves.
+        run = compiled_out_of_turn(v.model.cuda(), turn, {"benchmark_kernel": True}, fullgraph=True)
+        if not relative(run(images).float(), expected) <= LIMITS[args.precision]:
+            raise SystemExit(f"{name}, {v.label}: wrong numbers")
+        ms = timed(run, images, args.seconds)[0]
+        kernels = [*of_trace(trace(run, images), card)]
+        graph = timed(GraphReplay(run), images, args.seconds)[0]
+    turn.give()
+    write(args, name, v, card, page(kernels, ms, graph))
 
 
 def parse() -> argparse.Namespace:
@@ -92,7 +99,10 @@ def parse() -> argparse.Namespace:
     p.add_argument("--precision", choices=PRECISIONS, default="amp16")
     p.add_argument("--fractions", nargs="+", type=float, default=[0.0, 1.0], help="shares of sites replaced")
     p.add_argument("--seconds", type=float, default=1.0, help="timing budget of each variant")
+    p.add_argument("--jobs", type=int, default=1, help="variants that are compiled beside each other")
+    p.add_argument("--lock", help="file that several runs on one GPU share, so that they use it one at a time")
     p.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the tables")
+    p.set_defaults(skip_official=True, official=None, rank=[])
     return p.parse_args()
 
 
@@ -130,14 +140,14 @@ def of_trace(events: list[dict[str, Any]], card: Card) -> Iterator[Kernel]:
 
 def kernel(name: str, seconds: float, op: dict[str, Any] | None, card: Card) -> Kernel:
     called, args = (op["name"], op["args"]) if op else ("", {})
-    moved, operations, floor = 0.0, 0.0, 0.0
+    moved, operations, floor, of = 0.0, 0.0, 0.0, ""
     if called in ("aten::mm", "aten::addmm", "aten::bmm"):
         kind = "matrix products"
         first = 1 if called == "aten::addmm" else 0
         a, b = args["Input Dims"][first : first + 2]
         out = [*a[:-1], b[-1]]
         moved = sum(map(math.prod, (a, b, out))) * BYTES[args["Input type"][1]]
-        operations = 2 * math.prod(out) * a[-1]
+        operations, of = 2 * math.prod(out) * a[-1], f" {a} {b}"
     elif called == "aten::convolution":
         x, weight = args["Input Dims"][:2]
         stride, padding = (json.loads(args["Concrete Inputs"][i]) for i in (3, 4))
@@ -145,11 +155,11 @@ def kernel(name: str, seconds: float, op: dict[str, Any] | None, card: Card) -> 
         out = [x[0], weight[0], *sides]
         kind = "depthwise convolutions" if weight[1] == 1 else "other convolutions"
         moved = sum(map(math.prod, (x, weight, out))) * BYTES[args["Input type"][0]]
-        operations = 2 * math.prod(out) * math.prod(weight[1:])
+        operations, of = 2 * math.prod(out) * math.prod(weight[1:]), f" {x} {weight}"
     elif called.endswith("::ss2d"):
-        (batch, D, side, _), feats, (_, _, R), (_, N) = args["Input Dims"][:4]
-        itemsize = BYTES[args["Input type"][0]]
         kind = "ss2d"
+        (batch, D, side, _), feats, (_, _, R), (_, N) = args["Input Dims"][:4]
+        itemsize, of = BYTES[args["Input type"][0]], f" {args['Input Dims'][0]}"
         moved = itemsize * (2 * batch * D * side * side + math.prod(feats))
         floor = ss2d.floors(batch, D, side, R, N, itemsize, card.processors, card.clock, card.copy)[0]
     elif called.startswith("triton"):
@@ -157,11 +167,12 @@ def kernel(name: str, seconds: float, op: dict[str, Any] | None, card: Card) -> 
         moved = 1e9 * float(args.get("kernel_num_gb", 0))
     else:
         kind = "other"
-    return Kernel(kind, called or name, seconds, moved, operations, max(floor, moved / card.copy, operations / card.product))
+    floor = max(floor, moved / card.copy, operations / card.product)
+    return Kernel(kind, (called or name) + of, seconds, moved, operations, floor)
 
 
 def page(kernels: list[Kernel], ms: float, graph: float) -> str:
-    """The groups, and the ten kernels that are furthest above their floors."""
+    """The groups, and the ten kernels that are furthest above their floors; times in ms."""
     kinds, names = (grouped(kernels, of) for of in ("kind", "name"))
     busy = sum(k.seconds for k in kernels) * 1e3
     kinds = [*sorted(kinds, key=lambda row: -row[2]), line("all", kernels)]
@@ -185,17 +196,16 @@ def line(name: str, kernels: list[Kernel]) -> list[Any]:
     return [name, len(kernels), 1e3 * seconds, moved / 1e9, operations / 1e12, 1e3 * floor, floor / seconds]
 
 
-def write(args: argparse.Namespace, name: str, card: Card, pages: list[str]) -> None:
+def write(args: argparse.Namespace, name: str, v: Variant, card: Card, tables: str) -> None:
     gpu = torch.cuda.get_device_name().replace(" ", "-")
-    version = torch.__version__.split("+")[0]
+    of = f"{name}_{v.label.split(',')[0].removeprefix('ours ')}_{args.precision}_batch{args.batch}"
     heading = (
-        f"`roofline.py --model {name}`, {gpu}, torch {version}, batch {args.batch}, {args.size} px, {args.precision}; "
-        f"copy {card.copy / 1e12:.2f} TB/s, matrix product {card.product / 1e12:.0f} TFLOP/s."
+        f"{name}, {v.label}: batch {args.batch}, {args.size} px, {args.precision}, compiled by default; {gpu}, torch "
+        f"{torch.__version__}: copy {card.copy / 1e12:.2f} TB/s, matrix product {card.product / 1e12:.0f} TFLOP/s."
     )
     args.out.mkdir(parents=True, exist_ok=True)
-    text = "\n".join([f"{heading}\n", *pages])
-    (args.out / f"roofline_{name}_{gpu}_torch{version}_{args.precision}.md").write_text(text)
-    print(text, flush=True)
+    (args.out / f"roofline_{of}_{gpu}_torch{torch.__version__.split('+')[0]}.md").write_text(f"{heading}\n\n{tables}")
+    print(f"{heading}\n\n{tables}", flush=True)
 
 
 if __name__ == "__main__":
