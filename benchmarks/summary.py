@@ -15,19 +15,13 @@ from pathlib import Path
 from tabulate import tabulate
 
 PRECISIONS = {"amp16": "fp16", "ampbf16": "bf16", "fp32": "fp32"}
-MODES = {
-    "compiled": "`torch.compile`",
-    "compiled, realize_reads_threshold=2": "`torch.compile` with `realize_reads_threshold=2`",
-    "compiled, allow_buffer_reuse=False": "`torch.compile` with `allow_buffer_reuse=False`",
-    "eager": "Eager",
-}
-MODES |= {f"{mode}, CUDA graph": f"{title}, replayed as a CUDA graph" for mode, title in MODES.items()}
 SHARES = {"k=0": 0, "k=n/4": 0.25, "k=n/2": 0.5, "k=n": 1}
 HEAD = ("model", "precision", "batch", "official, ms", *SHARES, "peak MiB: official, k=0, k=n")
 ABOUT = """ms, and in brackets how many times as fast as the official model in the same mode (without the option, if that was
 not measured); of compiled models also, how many times as fast as the official model eager. Batches that wait for the CPU
 are summed up as CUDA graphs only.
 """
+REPLAYED = "CUDA graph"
 BOUND_BY_CPU = 32  # batches up to this
 Row = dict[str, str]
 
@@ -37,16 +31,27 @@ def main() -> None:
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
         parts = [ABOUT]
-        parts += [f"{title}:\n\n{tabulate(lines, HEAD, tablefmt='github', disable_numparse=True)}\n"
-                  for mode, title in MODES.items() if (lines := summary(rows, mode))]  # fmt: skip
+        parts += [f"{title(mode)}:\n\n{tabulate(lines, HEAD, tablefmt='github', disable_numparse=True)}\n"
+                  for mode in sorted({r["mode"] for r in rows}, key=rank) if (lines := summary(rows, mode))]  # fmt: skip
         path.with_name(f"{path.stem}_summary.md").write_text("\n".join(parts))
         print("\n".join(parts))
+
+
+def title(mode: str) -> str:
+    first, *more = mode.split(", ")
+    options = " and ".join(f"`{option}`" for option in more if "=" in option)
+    replayed = ", replayed as a CUDA graph" if REPLAYED in more else ""
+    return {"compiled": "`torch.compile`", "eager": "Eager"}[first] + (f" with {options}" if options else "") + replayed
+
+
+def rank(mode: str) -> tuple[bool, bool, str]:
+    return REPLAYED in mode, mode.startswith("eager"), mode
 
 
 def summary(rows: list[Row], mode: str) -> list[list[str]]:
     """A line for each model, precision and batch."""
     lines = []
-    default, eager = re.sub(", [a-z_]+=[^,]+", "", mode), "eager, CUDA graph" if "graph" in mode else "eager"
+    default, eager = re.sub(", [a-z_.]+=[^,]+", "", mode), f"eager, {REPLAYED}" if REPLAYED in mode else "eager"
     for model, precision, batch in sorted({(r["model"], r["precision"], r["batch"]) for r in rows}, key=order):
         depth = max(replaced(r) for r in rows if r["model"] == model)
         of, of_default, of_eager = (
