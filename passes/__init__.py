@@ -17,6 +17,7 @@ from .merge_skips import merge_skips
 from .pack_weights import pack_weights
 from .rank_scan import RankFit, rank_scan
 from .refit import Readout, find_readout, refit
+from .unroll_depthwise import unroll_depthwise
 
 __all__ = [
     "Pass",
@@ -42,4 +43,5 @@ __all__ = [
     "rank_scan",
     "refit",
     "run_passes",
+    "unroll_depthwise",
 ]

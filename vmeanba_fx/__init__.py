@@ -16,7 +16,7 @@ if importlib.util.find_spec("vmeanba_fx.passes") is None:
     sys.modules["vmeanba_fx.passes"] = _passes
     _spec.loader.exec_module(_passes)
 
-from .api import apply_plan, bake_autocast, pack_weights, transform
+from .api import apply_plan, bake_autocast, pack_weights, transform, unroll_depthwise
 from .calibration.calibrate import calibrate
 from .calibration.metrics import Batch
 from .capturing.capture import capture
@@ -71,4 +71,5 @@ __all__ = [
     "symbolic_trace",
     "transform",
     "unregister_scan",
+    "unroll_depthwise",
 ]
