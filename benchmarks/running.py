@@ -7,14 +7,16 @@ import fcntl
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import connection
 from typing import Any
+from unittest import mock
 
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.runtime.benchmarking import InductorBenchmarker
 
 
 class Jobs:
@@ -66,20 +68,32 @@ class Turn:
 def compiled_out_of_turn(
     model: nn.Module, turn: Turn, options: dict[str, Any] | None = None, fullgraph: bool = False
 ) -> Callable[..., Any]:
-    """``torch.compile`` that leaves the card to other runs while inductor works, unless it times candidates, and has the turn
-    from then on."""
-    tunes = any(value for name, value in (options or {}).items() if name.startswith("max_autotune"))
+    """``torch.compile`` that leaves the card to other runs while inductor works, and has the turn from then on."""
 
     def inductor(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        if tunes:
-            turn.take()
-        else:
-            turn.give()
-        compiled = compile_fx(gm, inputs, config_patches=options)
+        turn.give()
+        with candidates_in_turn(turn):
+            compiled = compile_fx(gm, inputs, config_patches=options)
         turn.take()
         return compiled
 
     return torch.compile(model, backend=inductor, fullgraph=fullgraph, dynamic=False)
+
+
+@contextlib.contextmanager
+def candidates_in_turn(turn: Turn) -> Iterator[None]:
+    """Inductor takes its turn for each candidate that it times."""
+    timed_alone = InductorBenchmarker.benchmark_gpu
+
+    def benchmark_gpu(*args: Any, **options: Any) -> Any:
+        turn.take()
+        try:
+            return timed_alone(*args, **options)
+        finally:
+            turn.give()
+
+    with mock.patch.object(InductorBenchmarker, "benchmark_gpu", benchmark_gpu):
+        yield
 
 
 class GraphReplay:
