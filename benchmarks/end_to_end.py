@@ -86,8 +86,9 @@ def parse() -> argparse.Namespace:
     p.add_argument("--options", nargs="*", default=[], metavar="NAME=VALUE",
                    help="options of torch.compile, for the official model and for ours")  # fmt: skip
     p.add_argument("--graph", action="store_true", help="time the replay of each as a CUDA graph as well")
-    p.add_argument("--ours", nargs="+", choices=("autocast", "baked", "half"), default=["baked"],
-                   help="how our graphs run in 16 bits: under autocast, with it baked in, or all in half")  # fmt: skip
+    p.add_argument("--ours", nargs="+", choices=("autocast", "baked", "half", "unrolled"), default=["baked"],
+                   help="how our graphs run in 16 bits: under autocast, with it baked in, or all in half; unrolled: baked in, "
+                        "and depthwise convolutions as sums, for compilers")  # fmt: skip
     p.add_argument("--rank", nargs="*", type=int, default=[], help="replace sites by a scan of this rank as well")
     p.add_argument("--skip-official", action="store_true")
     p.add_argument("--skip-official-compile", action="store_true")
@@ -169,8 +170,11 @@ def at_precision(variants: list[Variant], dtype: torch.dtype | None, ours: list[
             continue
         if "autocast" in ours:
             yield replace(v, autocast=True)
+        baked = vmeanba_fx.bake_autocast(v.model, dtype)
         if "baked" in ours:
-            yield replace(v, label=f"{v.label}, baked", model=vmeanba_fx.bake_autocast(v.model, dtype))
+            yield replace(v, label=f"{v.label}, baked", model=baked)
+        if "unrolled" in ours:
+            yield replace(v, label=f"{v.label}, baked, unrolled", model=vmeanba_fx.unroll_depthwise(baked))
         if "half" in ours:
             yield replace(v, label=f"{v.label}, half", model=copy.deepcopy(v.model).to(dtype), dtype=dtype)
 

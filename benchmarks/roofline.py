@@ -65,7 +65,7 @@ def main() -> None:
     jobs = Jobs(args.jobs)
     with tempfile.NamedTemporaryFile() as lock:
         for name in args.model:
-            for v in at_precision(build(args, models, name), PRECISIONS[args.precision], ["baked"]):
+            for v in at_precision(build(args, models, name), PRECISIONS[args.precision], [args.ours]):
                 jobs.start(account, args, name, v, args.lock or lock.name)
         jobs.wait()
 
@@ -98,6 +98,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--size", type=int, default=224)
     p.add_argument("--precision", choices=PRECISIONS, default="amp16")
     p.add_argument("--fractions", nargs="+", type=float, default=[0.0, 1.0], help="shares of sites replaced")
+    p.add_argument("--ours", choices=("baked", "unrolled"), default="baked", help="as in end_to_end.py")
     p.add_argument("--seconds", type=float, default=1.0, help="timing budget of each variant")
     p.add_argument("--jobs", type=int, default=1, help="variants that are compiled beside each other")
     p.add_argument("--lock", help="file that several runs on one GPU share, so that they use it one at a time")
@@ -198,7 +199,7 @@ def line(name: str, kernels: list[Kernel]) -> list[Any]:
 
 def write(args: argparse.Namespace, name: str, v: Variant, card: Card, tables: str) -> None:
     gpu = torch.cuda.get_device_name().replace(" ", "-")
-    of = f"{name}_{v.label.split(',')[0].removeprefix('ours ')}_{args.precision}_batch{args.batch}"
+    of = f"{name}_{v.label.removeprefix('ours ').replace(', ', '_')}_{args.precision}_batch{args.batch}"
     heading = (
         f"{name}, {v.label}: batch {args.batch}, {args.size} px, {args.precision}, compiled by default; {gpu}, torch "
         f"{torch.__version__}: copy {card.copy / 1e12:.2f} TB/s, matrix product {card.product / 1e12:.0f} TFLOP/s."
