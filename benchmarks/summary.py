@@ -21,7 +21,7 @@ ABOUT = """ms, and in brackets how many times as fast as the official model in t
 not measured); of compiled models also, how many times as fast as the official model eager. Batches that wait for the CPU
 are summed up as CUDA graphs only.
 """
-REPLAYED = "CUDA graph"
+REPLAYED, UNROLLED = "CUDA graph", ", unrolled"
 BOUND_BY_CPU = 32  # batches up to this
 Row = dict[str, str]
 
@@ -49,28 +49,31 @@ def rank(mode: str) -> tuple[bool, bool, str]:
 
 
 def summary(rows: list[Row], mode: str) -> list[list[str]]:
-    """A line for each model, precision and batch."""
+    """A line for each model, precision and batch, and one more for graphs with unrolled depthwise convolutions."""
     lines = []
     default, eager = re.sub(", [a-z_.]+=[^,]+", "", mode), f"eager, {REPLAYED}" if REPLAYED in mode else "eager"
     for model, precision, batch in sorted({(r["model"], r["precision"], r["batch"]) for r in rows}, key=order):
         depth = max(replaced(r) for r in rows if r["model"] == model)
-        of, of_default, of_eager = (
-            {replaced(r): r for r in rows if measured(r) == (model, precision, batch, m)} for m in (mode, default, eager)
-        )
-        official = of.get(-1, of_default.get(-1))
-        if of and official and ("graph" in mode or int(batch) > BOUND_BY_CPU):
-            than = [official] if mode == eager or -1 not in of_eager else [official, of_eager[-1]]
-            ours = [of.get(round(share * depth)) for share in SHARES.values()]
-            peaks = [row["peak MiB"] and f"{float(row['peak MiB']):.0f}" for row in (official, ours[0], ours[-1]) if row]
-            short = model.split("_")[1][0].upper()
-            lines.append([short, PRECISIONS[precision], batch, f"{float(official['ms']):.2f}"]
-                         + [cell(row, than) for row in ours] + [", ".join(peaks).strip(", ")])  # fmt: skip
+        of = {m: [r for r in rows if measured(r) == (model, precision, batch, m)] for m in (mode, default, eager)}
+        official = {m: next((r for r in of[m] if replaced(r) < 0), None) for m in of}
+        theirs = official[mode] or official[default]
+        if not theirs or not ("graph" in mode or int(batch) > BOUND_BY_CPU):
+            continue
+        than = [theirs] if mode == eager or not official[eager] else [theirs, official[eager]]
+        short = model.split("_")[1][0].upper()
+        for name, unrolled in ((short, False), (f"{short}, unrolled", True)):
+            held = {replaced(r): r for r in of[mode] if unrolled == (UNROLLED in r["variant"]) and replaced(r) >= 0}
+            ours = [held.get(round(share * depth)) for share in SHARES.values()]
+            peaks = [row["peak MiB"] and f"{float(row['peak MiB']):.0f}" for row in (theirs, ours[0], ours[-1]) if row]
+            if held or (of[mode] and not unrolled):
+                lines.append([name, PRECISIONS[precision], batch, f"{float(theirs['ms']):.2f}"]
+                             + [cell(row, than) for row in ours] + [", ".join(peaks).strip(", ")])  # fmt: skip
     return lines
 
 
 def measured(row: Row) -> tuple[str, ...] | None:
     """What the row is of, if its outputs were right and it is one of the variants that are summed up here."""
-    known = re.fullmatch(r"official|ours k=\d+(, baked)?", row["variant"]) and row["ms"] not in ("", "nan")
+    known = re.fullmatch(rf"official|ours k=\d+(, baked)?({UNROLLED})?", row["variant"]) and row["ms"] not in ("", "nan")
     return (row["model"], row["precision"], row["batch"], row["mode"]) if known else None
 
 

@@ -70,9 +70,10 @@ def test_summary_compares_with_the_same_mode_and_with_eager():
 
     rows = [row("official", "eager", 40), row("official", "compiled", 20), row("ours k=0, baked", "compiled", 10)]
     rows += [row("ours k=14, baked", "compiled", 8), row("ours k=0, half", "compiled", 1)]
-    rows += [row("ours k=7, baked", "compiled", "nan")]
-    (line,) = summary.summary(rows, "compiled")
-    assert line == ["T", "fp16", "128", "20.00", "10.00 (2.00x, 4.00x)", "", "", "8.00 (2.50x, 5.00x)", "100, 100, 100"]
+    rows += [row("ours k=7, baked", "compiled", "nan"), row("ours k=14, baked, unrolled", "compiled", 5)]
+    baked, unrolled = summary.summary(rows, "compiled")
+    assert baked == ["T", "fp16", "128", "20.00", "10.00 (2.00x, 4.00x)", "", "", "8.00 (2.50x, 5.00x)", "100, 100, 100"]
+    assert unrolled == ["T, unrolled", "fp16", "128", "20.00", "", "", "", "5.00 (4.00x, 8.00x)", "100, 100"]
 
 
 def hold(path, number, log):
