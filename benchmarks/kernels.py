@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from scan_problems import DIRECTIONS, K, full_inputs, full_reference, one_inputs, one_reference
+from ss2d import copy_speed
 from tabulate import tabulate
 
 from vmeanba_fx import ops
@@ -99,18 +100,6 @@ def graph_time(calls) -> float:
     return statistics.median(times[3:]) / len(calls)
 
 
-def bandwidth() -> float:
-    """Bytes per microsecond, read and write counted, of the fastest of three ways to copy a gigabyte."""
-    source = torch.randn(2**28, device="cuda")
-    target = torch.empty_like(source)
-    ways = (
-        lambda: target.copy_(source),
-        lambda: torch.mul(source, 2, out=target),
-        lambda: torch.abs(source, out=target),
-    )
-    return 2 * size(source) / min(graph_time([way] * 3) for way in ways)
-
-
 def run_full(inputs):
     u, delta, A, B, C, bias = inputs
     return ops.selective_scan(u, delta, A, B, C, None, None, bias, True, torch.float32)
@@ -133,7 +122,7 @@ def sets_for(bytes_moved: int, make):
 class Bench:
     def __init__(self, dtype, official):
         self.dtype, self.official = dtype, official
-        self.speed = bandwidth()
+        self.speed = copy_speed() / 1e6
         self.rows: list[Row] = []
 
     def add(self, op, shape, moved, time_us, official_us=None, rank=1):

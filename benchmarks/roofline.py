@@ -2,10 +2,11 @@
 
     python benchmarks/roofline.py --model vmamba_base_s1l20 --fractions 0 1 --batch 128 --out benchmarks/results
 
-Kernels come from a profiler trace. What each moves and computes: of matrix products and convolutions from the sizes of their
-operands, of Inductor's own kernels from Inductor's count, of `ss2d` as ss2d.py counts it. The floor of a kernel is the larger
-of its bytes at the speed of a device-to-device copy and of its operations at the speed of a large square matrix product, both
-measured in the same run. A kernel whose operands are still in the cache can be faster than its floor.
+Kernels come from a profiler trace, those of one operator together. What each moves and computes: of matrix products and
+convolutions from the sizes of their operands, of Inductor's own kernels from Inductor's count, of `ss2d` as ss2d.py counts it.
+The floor of a kernel is the larger of its bytes at the speed of a device-to-device copy and of its operations at the speed of
+a large square matrix product, both measured in the same run. A kernel whose operands are still in the cache can be faster than
+its floor.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Card:
 
 @dataclass
 class Kernel:
-    """One launch: its kind, seconds, bytes moved, operations, and seconds that it takes at least."""
+    """What one operator launched: its kind, seconds, bytes moved, operations, and seconds that it takes at least."""
 
     kind: str
     name: str
@@ -133,10 +134,14 @@ def of_trace(events: list[dict[str, Any]], card: Card) -> Iterator[Kernel]:
         if op["ts"] >= end:
             end, outer = op["ts"] + op["dur"], op
         outermost[op["args"]["External id"]] = outer
+    launched = defaultdict(list)
     for event in events:
         if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
             op = outermost.get(event["args"].get("External id"))
-            yield kernel(event["name"], event["dur"] / 1e6, op, card)
+            launched[id(op or event)].append((event["dur"] / 1e6, event["name"], op))
+    for group in launched.values():
+        _, name, op = max(group, key=lambda launch: launch[0])
+        yield kernel(name, sum(seconds for seconds, *_ in group), op, card)
 
 
 def kernel(name: str, seconds: float, op: dict[str, Any] | None, card: Card) -> Kernel:

@@ -1,14 +1,14 @@
 """Exact: depthwise convolutions become sums of shifted maps, which a compiler fuses with the steps around them.
 
-For ``torch.compile`` on a GPU. The libraries' depthwise kernels reach a quarter of the memory bandwidth on small maps, and what
-they write is read again by the activation and the LayerNorm behind them.
+For ``torch.compile`` on a GPU: a library's depthwise kernel is a pass over memory of its own, and what it writes is read again
+by the activation and the LayerNorm behind it. Inductor makes one pass of all three.
 
 Before::
 
     y = aten.conv2d(x, w, b, [1, 1], [1, 1], [1, 1], D)         # x (B, D, H, W) with the channels innermost, w (D, 1, 3, 3)
     z = aten.silu(y)
 
-After (taps is w as a (9, D) buffer)::
+After (taps is w as a (9, D) matrix)::
 
     p = aten.constant_pad_nd(aten.permute(x, [0, 2, 3, 1]), [0, 0, 1, 1, 1, 1])
     s = sum over i, j of aten.to(aten.slice(aten.slice(p, 1, i, ...), 2, j, ...), float32) * taps[3 * i + j]
@@ -59,9 +59,10 @@ def _is_depthwise(conv: fx.Node, options: dict[str, Any]) -> bool:
 def _unroll(owner: fx.GraphModule, conv: fx.Node, bias: fx.Node | None, padding: list[int]) -> None:
     emit = Emitter(conv.graph, conv, NAME)
     x, weight = conv.args[:2]
-    kernel, dtype = attribute(weight).detach(), value(conv).dtype
+    kernel, dtype = attribute(weight), value(conv).dtype
     _, _, rows, columns = kernel.shape
-    taps = emit.get_attr(owner, f"{weight.target}_taps", kernel.flatten(1).t().contiguous())
+    matrix = kernel.detach().flatten(1).t().contiguous()
+    taps = emit.get_attr(owner, f"{weight.target}_taps", matrix, trained=isinstance(kernel, torch.nn.Parameter))
     down, across = padding if len(padding) == 2 else padding * 2
     padded = emit(aten.permute.default, x, [0, 2, 3, 1])
     padded = emit(aten.constant_pad_nd.default, padded, [0, 0, across, across, down, down])

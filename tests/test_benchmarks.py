@@ -38,7 +38,8 @@ HALF = ("c10::Half",) * 3
 )  # fmt: skip
 def test_kernel_of_a_trace(of, kind, moved, operations):
     inner = of | {"name": "aten::inner", "ts": 2, "dur": 5, "args": {"External id": 2}}
-    (found,) = roofline.of_trace([inner, launch(2, "some_kernel", 20), of], CARD)
+    memset = launch(2, "Memset", 1) | {"cat": "gpu_memset"}
+    (found,) = roofline.of_trace([inner, memset, launch(2, "some_kernel", 19), of], CARD)
     assert (found.kind, found.moved, found.operations) == (kind, moved, operations)
     assert found.seconds == pytest.approx(2e-5)
     assert found.floor == pytest.approx(max(moved / 1e12, operations / 1e14))

@@ -101,9 +101,8 @@ def pack_weights(gm: fx.GraphModule, batch: int = 1) -> fx.GraphModule:
 def unroll_depthwise(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of a rewritten model for ``torch.compile`` on a GPU: its depthwise convolutions are sums of shifted maps.
 
-    Exact. A compiler fuses such a sum with the activation and the LayerNorm behind it into one pass over memory, where the
-    libraries' depthwise kernels take up to four times as long as their map takes to be read and written. For inference: the
-    weights are held in another order. In 16 bits, after :func:`bake_autocast`. Uncompiled the result is slow.
+    Exact. A compiler fuses such a sum with the activation and the LayerNorm behind it into one pass over memory instead of
+    two. In 16 bits, after :func:`bake_autocast`. Uncompiled the result is slow.
 
     Raises:
         CaptureError: ``gm`` is not a rewritten model.

@@ -46,6 +46,7 @@ def test_exact(options):
         assert relative_error(gm(x), model(x)) < 1e-14
         assert relative_error(gm(x[:1]), model(x[:1])) < 1e-14
     assert convolutions(gm) == 0
+    assert {p.shape[0] for p in gm.parameters() if p.dim() == 2} == {model.conv.weight[0].numel()}, "taps can be trained"
 
 
 def test_maps_of_any_size():
