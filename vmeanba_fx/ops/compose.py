@@ -44,26 +44,32 @@ def shared_scan2d(u, delta, A, B, C, delta_bias, directions, order, delta_softpl
 def shared_scan2d_backward(grad, u, delta, A, B, C, delta_bias, directions, order, delta_softplus, merge):
     """Gradients of `shared_scan2d` for u, delta, A, B, C and delta_bias."""
     batch, u_groups, R, height, width = u.shape
-    K, dtype = delta.shape[1], compute_dtype(u)
-    scan_order = ScanOrder(directions, order, height, width)
+    K, dtype, cost = delta.shape[1], compute_dtype(u), (R + 2 * A.shape[1]) * height * width
     du, ddelta, dB, dC = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (u, delta, B, C))
-    dA = torch.zeros(A.shape, dtype=dtype, device=A.device)
-    dbias = torch.zeros(0 if delta_bias is None else K, dtype=dtype, device=A.device)
-    for now in _batch_blocks(batch, K * (R + 2 * A.shape[1]) * height * width):
-        inputs = (_read(scan_order, maps[now], dtype) for maps in (u, delta[:, :, None], B, C))
-        u_rows, delta_rows, B_rows, C_rows = inputs
-        dy = _read(scan_order, grad[now, None] if merge else grad[now], dtype)
-        bias = None if delta_bias is None else delta_bias.to(dtype)
-        arguments = dy, u_rows, delta_rows[:, :, 0], A.to(dtype), B_rows, C_rows, bias, delta_softplus
-        du_rows, ddelta_rows, dA_now, dB_rows, dC_rows, dbias_now = _ops.shared_scan_backward.default(*arguments)
-        dA += dA_now
-        dbias += dbias_now
-        for rows, maps in ((ddelta_rows, ddelta), (dB_rows, dB), (dC_rows, dC)):
-            _put_back(scan_order, rows, maps[now])
-        if u_groups == K:
-            _put_back(scan_order, du_rows, du[now])
-        else:
-            du[now, 0] = _merged(scan_order, du_rows)
+    dA, bias = torch.zeros(A.shape, dtype=dtype, device=A.device), None if delta_bias is None else delta_bias.to(dtype)
+    dbias = torch.zeros(0 if bias is None else K, dtype=dtype, device=A.device)
+    for now in _batch_blocks(batch, K * cost):
+        du_sum = None if u_groups == K else torch.zeros(u[now, 0].shape, dtype=dtype, device=u.device)
+        for some in blocks(K, max(1, _BUDGET // cost)):
+            scan_order = ScanOrder(directions[some], None if order is None else order[some], height, width)
+            own = some if u_groups == K else slice(0, 1)
+            inputs = u[now, own], delta[now, some, None], B[now, some], C[now, some]
+            u_rows, delta_rows, B_rows, C_rows = (_read(scan_order, maps, dtype) for maps in inputs)
+            dy = _read(scan_order, grad[now, None] if merge else grad[now, some], dtype)
+            shift = None if bias is None else bias[some]
+            arguments = dy, u_rows, delta_rows[:, :, 0], A[some].to(dtype), B_rows, C_rows, shift, delta_softplus
+            du_rows, ddelta_rows, dA_now, dB_rows, dC_rows, dbias_now = _ops.shared_scan_backward.default(*arguments)
+            dA[some] += dA_now
+            if bias is not None:
+                dbias[some] += dbias_now
+            for rows, maps in ((ddelta_rows, ddelta), (dB_rows, dB), (dC_rows, dC)):
+                _put_back(scan_order, rows, maps[now, some])
+            if du_sum is None:
+                _put_back(scan_order, du_rows, du[now, some])
+            else:
+                du_sum += _merged(scan_order, du_rows)
+        if du_sum is not None:
+            du[now, 0] = du_sum
     return du, ddelta, dA.to(A.dtype), dB, dC, dbias.to((A if delta_bias is None else delta_bias).dtype)
 
 
