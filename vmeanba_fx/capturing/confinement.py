@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from sympy.core.cache import clear_cache
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import _symbolic_trace, graph_module
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -192,11 +193,12 @@ def on_the_cpu() -> Iterator[None]:
 
 
 def forget_sizes() -> None:
-    """Empty torch's caches of symbolic sizes: they are kept on classes and hold on to what a trace was made of."""
+    """Empty torch's and SymPy's caches of symbolic sizes: they stay for good and hold what traces were made of."""
     FakeTensorMode.cache_clear()
     for member in vars(ShapeEnv).values():
         if hasattr(member, "cache_clear"):
             member.cache_clear()
+    clear_cache()
 
 
 @contextlib.contextmanager

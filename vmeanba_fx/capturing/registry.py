@@ -109,8 +109,8 @@ def register_scan(
         ValueError: the name is taken, or neither ``target`` nor ``parameters`` is given.
         TypeError: ``target`` or ``adapt`` is no callable.
 
-    A capture runs the function and the adapter's :class:`ScanCall` once on the model's own inputs; where they differ, the
-    scan is left as it is and :func:`vmeanba_fx.find_sites` says so.
+    A capture runs the function and the adapter's :class:`ScanCall` on a few steps of the model's own inputs, on small ones,
+    and with each of those zero; where they differ, the scan is left as it is and :func:`vmeanba_fx.find_sites` says so.
 
     Example::
 
