@@ -97,6 +97,12 @@ def module_path(node: fx.Node) -> str:
     return "" if last.startswith("_empty_nn_module_stack") else last
 
 
+def describe(node: fx.Node) -> str:
+    """A node for messages: its name, and the module that it was traced in."""
+    path = module_path(node)
+    return f"{node.name} in {path}" if path else node.name
+
+
 def site_names(gm: fx.GraphModule) -> list[str]:
     """Give every scan its site name, the path of its module (``#i`` added where one module scans several times)."""
     nodes = [node for _, node in scan_nodes(gm)]

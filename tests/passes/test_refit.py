@@ -147,7 +147,7 @@ def test_nothing_changes_where_nothing_was_replaced():
     x = zoo.images(4, seed=9, dtype=torch.float64)
     with torch.no_grad():
         assert relative_error(same(x), gm(x)) < 1e-12
-    assert [note.layer for note in same.meta[REFIT]] == ["linear_1", "linear_3"]
+    assert [note.layer for note in same.meta[REFIT]] == [f"linear_{2 * i + 1} in blocks.{i}.op.out_proj" for i in range(2)]
 
 
 def doubled():
@@ -235,7 +235,8 @@ def test_which_layers_are_refitted(how, later):
     gm = captured(zoo.tiny(3))
     names = ["blocks.1.op"]
     fitted = refit_sites(mean_scan(copy_graph(gm), names), gm, names, data_of(), how=how)
-    assert [(r.site, r.layer) for r in fitted.meta[REFIT]] == [("blocks.1.op", "linear_3"), *(("", name) for name in later)]
+    done = [(r.site, r.layer.split(" in ")[0]) for r in fitted.meta[REFIT]]
+    assert done == [("blocks.1.op", "linear_3"), *(("", name) for name in later)]
 
 
 def test_the_same_run_gives_the_same_bytes():

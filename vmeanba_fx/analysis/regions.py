@@ -16,7 +16,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from ..graph import aten, concrete_size, concrete_sizes, value
+from ..graph import aten, concrete_size, concrete_sizes, describe, value
 
 # Linear in their tensor inputs, whatever their other arguments are. Products are allowed with one reached factor only.
 LINEAR = {
@@ -187,4 +187,4 @@ def is_annihilated(start: fx.Node, groups: int) -> tuple[bool, str]:
         spread = (shift - shift.mean(-1, keepdim=True)).abs().max().item()
         if not spread <= 1e-9 * max(shift.abs().max().item(), 1.0):
             return False, f"it reaches {norm.name} differently in different channels"
-    return True, ", ".join(norm.name for norm in region.norms)
+    return True, ", ".join(map(describe, region.norms))

@@ -24,7 +24,7 @@ from ..calibration.execute import Executor
 from ..calibration.metrics import Batch
 from ..calibration.replacing import NewWeights, Replacer
 from ..errors import CalibrationError
-from ..graph import SITE, copy_graph, downstream, read_attribute, scan_nodes
+from ..graph import SITE, copy_graph, describe, downstream, read_attribute, scan_nodes
 from ..passes.refit import Readout, find_readout, find_stream, is_pointwise_linear, refit
 from ..sites import Site
 from .least_squares import Sums, halves_of, refit_linear
@@ -41,7 +41,7 @@ _ROWS_BUDGET = 1 << 23  # float64 numbers of rows at a time
 
 @dataclass(frozen=True)
 class Refitted:
-    """``layer``: the node's name; ``left``: share of the squared error at its target that remains; or ``refused``: why."""
+    """``layer``: its node and module; ``left``: share of the squared error at its target that remains; or ``refused``: why."""
 
     site: str
     layer: str = ""
@@ -91,7 +91,7 @@ def refit_sites(
     for node in original.graph.nodes:
         if node in layers:
             site, readout = layers[node]
-            done.append(Refitted(site, node.name, refitter.refit(readout)))
+            done.append(Refitted(site, describe(node), refitter.refit(readout)))
     gm.meta[REFIT] = done
     return gm
 
