@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import end_to_end, roofline, summary
+from benchmarks import end_to_end, roofline, running, summary
 from benchmarks.running import Jobs, Turn
 
 CARD = roofline.Card(copy=1e12, product=1e14, clock=1e9, processors=100)
@@ -94,3 +94,18 @@ def test_jobs_take_turns(tmp_path):
     lines = log.read_text().split("\n")[:-1]
     assert sorted(lines[::2]) == [f"{n} takes" for n in range(4)]
     assert [line.split()[0] for line in lines[::2]] == [line.split()[0] for line in lines[1::2]]
+
+
+def test_candidates_are_timed_in_turn(tmp_path, monkeypatch):
+    turn, held = Turn(tmp_path / "lock"), []
+    monkeypatch.setattr(turn, "take", lambda: held.append("takes"))
+    monkeypatch.setattr(turn, "give", lambda: held.append("gives"))
+
+    def alone(*_, rep):
+        held.append(rep)
+
+    monkeypatch.setattr(running.InductorBenchmarker, "benchmark_gpu", alone)
+    with running.candidates_in_turn(turn):
+        running.InductorBenchmarker().benchmark_gpu(print, rep=3)
+    assert held == ["takes", 3, "gives"]
+    assert running.InductorBenchmarker.benchmark_gpu is alone
