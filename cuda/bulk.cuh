@@ -1,8 +1,8 @@
-// Bulk copies from global into shared memory (sm_90), and barriers in shared memory that count arrivals (here always one) and bytes.
-// Barriers are given as shared addresses. Pasted into the kernels that use it.
+// Bulk copies from global into shared memory (sm_90), and barriers in shared memory that count arrivals and bytes. Barriers are
+// given as shared addresses. Pasted into the kernels that use it.
 
-__device__ __forceinline__ void arrival_init(uint_t barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+__device__ __forceinline__ void arrival_init(uint_t barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 

@@ -65,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) shared_scan(const __grid_c
     uint_t arrival = 0;  // of the team's first stage; those of its other stages follow, 8 bytes apart
 #if BULK
     arrival = shared_address(arrivals[team]);
-    if (thread < STAGES) arrival_init(arrival + 8 * thread);
+    if (thread < STAGES) arrival_init(arrival + 8 * thread, 1);
     __syncthreads();
 #endif
 

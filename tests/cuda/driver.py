@@ -57,7 +57,7 @@ def main() -> None:
     maps(1, 2, 1, 4, 96, 120, torch.bfloat16, True, [0, 3])
     maps(1, 2, 1, 2, 128, 96, half, True, [0, 3])
     maps(70, 4, 1, 1, 56, 40, half, True, [0, 1, 2, 3])
-    maps(70, 2, 1, 1, 24, 88, single, True, [2, 1])
+    maps(70, 2, 1, 1, 24, 88, single, True, [3, 1])
     map_scan(2, 24, 14, 14, 6, 1, half)
     map_scan(2, 17, 9, 7, 6, 1, single)
     map_scan(2, 16, 16, 16, 4, 1, torch.bfloat16, padding=2)

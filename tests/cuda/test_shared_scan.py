@@ -195,10 +195,10 @@ def test_whole_maps_in_a_block(size, dtype):
     """`merged_scan.cu`: one state, batches that fill the GPU once; some sizes leave threads of the last warp idle."""
     check_maps(map_inputs(70, 4, 1, 1, *size, dtype), [0, 1, 2, 3], True, TOLERANCE[dtype])
     inputs = map_inputs(70, 4, 1, 1, *size, dtype, own_u=True)
-    check_maps(inputs, [2, 2, 3, 0], True, max(TOLERANCE[dtype], 5e-3), out_dtype=torch.float16)
+    check_maps(inputs, [2, 1, 3, 0], True, max(TOLERANCE[dtype], 5e-3), out_dtype=torch.float16)
 
 
-@pytest.mark.parametrize("codes", [[0], [1], [2], [3], [0, 2], [3, 1], [1, 2, 3], [0, 3]])
+@pytest.mark.parametrize("codes", [[0, 2], [2, 0], [3, 1], [1, 3], [3, 2, 1, 0], [0], [0, 2, 2, 1]])
 def test_whole_maps_in_some_directions(codes):
     for size in ((52, 48), (56, 40)):
         u, delta, A, B, C, _ = map_inputs(140, len(codes), 1, 1, *size, torch.float16)

@@ -36,17 +36,18 @@ def test_what_goes_to_the_merged_scan():
         return cuda_merged.choose(problem(batch, *size, **changed), baked, LIMIT, PROCESSORS)
 
     wide = merged(56, 56)
-    assert (wide.items, wide.threads, wide.order) == (4, 800, (1, 3, 0, 2)), "along columns first"
+    assert (wide.items, wide.threads, wide.order) == (8, 416 + 128, (1, 3, 0, 2)), "along columns first"
     assert merged(56, 56, half=False, own_u=True).shared < LIMIT
-    assert merged(72, 72).items == 8, "too long for four steps a thread"
-    assert merged(56, 56, groups=3, codes=(2, 3, 1)).order == (1, 2, 0)
+    assert merged(60, 56).items == 4, "eight would cut columns"
+    assert merged(56, 56, groups=2, codes=(3, 1)).order == (1, 0)
+    assert merged(54, 56, groups=2, codes=(2, 0)), "rows may be cut anywhere"
     others = [
-        {"baked": False}, {"batch": 600}, {"states": 2}, {"rank": 2}, {"groups": 5, "codes": (0,) * 5}, {"copy": 8},
-        {"codes": (0, 1, 2, 7)}, *({name: True} for name in ("linear", "table")), {"merge": False}, {"bulk": False},
+        {"baked": False}, {"batch": 600}, {"batch": 3}, {"states": 2}, {"rank": 2}, {"groups": 5, "codes": (0,) * 5},
+        {"copy": 8}, {"codes": (0, 1, 2, 7)}, {"groups": 1, "codes": (0,)}, {"codes": (0, 1, 1, 3)}, {"merge": False},
+        {"bulk": False}, *({name: True} for name in ("linear", "table")),
     ]  # fmt: skip
     assert not any(merged(56, 56, **changed) for changed in others)
     assert not any(merged(*size) for size in ((14, 14), (54, 56), (128, 128))), "short, cut columns, too large"
-    assert merged(54, 56, groups=1, codes=(2,)), "rows may be cut anywhere"
 
 
 def test_what_the_shapes_of_vmamba_get():

@@ -1,4 +1,7 @@
-"""Which variant of `cuda/merged_scan.cu` suits a problem, if any: one channel, one state, directions summed, whole maps."""
+"""Which variant of `cuda/merged_scan.cu` suits a problem, if any: one channel, one state, directions summed, whole maps.
+
+Its blocks scan columns, rows or both, each forwards and backwards (VMamba's four directions, or two of them).
+"""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -6,13 +9,14 @@ from functools import lru_cache
 from . import cuda_runtime
 from .cuda_shared_plan import Problem
 
-_MAX_GROUPS = 4  # directions are unrolled
+_AXES = ((0, 2), (1, 3), (0, 1, 2, 3))  # codes of rows, of columns, of both
+_PRODUCERS = 4  # warps that start copies
 _MIN_LENGTH = 2048
 
 
 @dataclass(frozen=True)
 class MergedPlan:
-    """A variant: steps per thread, the order of directions (those along columns first), threads and shared memory."""
+    """A variant: neighbours per thread, the order of directions, threads, bytes of shared memory."""
 
     items: int
     order: tuple[int, ...]
@@ -23,22 +27,23 @@ class MergedPlan:
 def choose(problem: Problem, baked: bool, shared_limit: int, multiprocessors: int) -> MergedPlan | None:
     """The variant for this problem; None where `shared_scan.cu` has to do it."""
     one = problem.merge and problem.states == problem.rank == 1 and not (problem.linear or problem.table)
-    known = baked and problem.groups <= _MAX_GROUPS and max(problem.codes) <= 3
-    copied = problem.bulk and problem.copy == 16 and problem.length >= _MIN_LENGTH
-    if not (one and known and copied) or not multiprocessors // 2 <= problem.batch <= 2 * multiprocessors:
+    copied = baked and problem.bulk and problem.copy == 16 and problem.length >= _MIN_LENGTH
+    filling = multiprocessors // 2 <= problem.batch <= 2 * multiprocessors
+    if not (one and copied and filling) or tuple(sorted(problem.codes)) not in _AXES:
         return None
-    for items in (4, 8):
-        threads = -(-problem.length // (32 * items)) * 32
+    sizes = [4 if code == 0 else 2 for code in problem.types]
+    maps_of_u = problem.groups if problem.own_u else 1
+    gapped = problem.length + 8 * -(-problem.height // 8)
+    for items in (8, 4):
+        threads = -(-problem.length // (32 * items)) * 32 + 32 * _PRODUCERS
         if problem.length % items or (problem.columns and problem.height % items) or threads > 1024:
             continue
-        sizes = [4 if code == 0 else 2 for code in problem.types]
-        cap = problem.length + 8 * -(-problem.height // 8)
-        maps_of_u = problem.groups if problem.own_u else 1
         sums = problem.length + 4 * (problem.height // items + 1)
-        shared = cap * (maps_of_u * sizes[0] + problem.groups * sum(sizes[1:])) + 4 * sums
-        if shared <= shared_limit - 1024:
-            order = tuple(sorted(range(problem.groups), key=lambda k: 1 - problem.codes[k] % 2))
-            return MergedPlan(items, order, threads, shared)
+        shared = gapped * (maps_of_u * sizes[0] + problem.groups * sum(sizes[1:])) + 4 * sums
+        if shared <= shared_limit - 2048:
+            # Columns before rows, forwards before backwards.
+            order = sorted(range(problem.groups), key=lambda k: (-(problem.codes[k] & 1), problem.codes[k]))
+            return MergedPlan(items, tuple(order), threads, shared)
     return None
 
 
@@ -49,12 +54,12 @@ def kernel(problem: Problem, plan: MergedPlan, out_type: int, device: int) -> cu
         *zip(("U_TYPE", "DELTA_TYPE", "B_TYPE", "C_TYPE", "OUT_TYPE"), (u, delta, B, C, out_type), strict=True),
         ("HEIGHT", problem.height),
         ("WIDTH", problem.width),
-        ("GROUPS", problem.groups),
-        ("COLUMNS", sum(code & 1 for code in problem.codes)),
-        ("ORDER", f"{sum(k << (4 * i) for i, k in enumerate(plan.order)):#x}ull"),
-        ("CODES", f"{sum(problem.codes[k] << (4 * i) for i, k in enumerate(plan.order)):#x}ull"),
+        ("COLUMNS", int(1 in problem.codes)),
+        ("ROWS", int(0 in problem.codes)),
+        ("ORDER", f"{sum(k << (4 * i) for i, k in enumerate(plan.order)):#x}"),
         ("OWN_U", int(problem.own_u)),
         ("ITEMS", plan.items),
+        ("PRODUCERS", _PRODUCERS),
         ("SOFTPLUS", int(problem.softplus)),
     )
     return cuda_runtime.kernel("merged_scan.cu", "merged_scan", macros, device)
