@@ -296,7 +296,6 @@ def main() -> int:
     parser.add_argument("--official", help="module of the official kernel, e.g. selective_scan_cuda_oflex")
     parser.add_argument("--path", help="folder to import that module from")
     parser.add_argument("--sweep", action="store_true", help="also time length and batch from 2^8 to 2^16")
-    parser.add_argument("--only-sweep", action="store_true", help="time nothing else")
     parser.add_argument("--plot", type=Path, metavar="CSV", help="draw a sweep's CSV, measure nothing")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results", help="folder of the result files"
