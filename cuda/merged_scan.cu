@@ -119,8 +119,8 @@ __device__ __forceinline__ void load_sums(float (&y)[ITEMS], const float *sums, 
     for (int j = 0; j < ITEMS; ++j) y[j] = pack.get(j);
 }
 
-// What all warps before this one leave, put together. `left`: of each warp, in the order of the scan, what it multiplies a state
-// with and what it leaves of none. The result is in the lane with slot 0.
+// What all warps before this one leave, put together. `left`: of each warp, in the order of the scan, what it multiplies a
+// state with and what it leaves of none. The result is in the lane with slot 0.
 template <int SLOTS> __device__ __forceinline__ float put_together(const float2 *left, int warps, int slot) {
     float2 v = slot < warps ? left[slot] : make_float2(1.f, 0.f);
 #pragma unroll

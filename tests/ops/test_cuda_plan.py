@@ -32,17 +32,18 @@ def test_every_plan_can_be_launched(half):
 
 
 def test_what_goes_to_the_merged_scan():
-    def merged(*size, batch=128, baked=True, **changed):
-        return cuda_merged.choose(problem(batch, *size, **changed), baked, LIMIT, PROCESSORS)
+    def merged(*size, baked=True, **changed):
+        return cuda_merged.choose(problem(128, *size, **changed), baked, LIMIT)
 
     wide = merged(56, 56)
-    assert (wide.items, wide.threads, wide.order) == (8, 416 + 128, (1, 3, 0, 2)), "along columns first"
+    assert (wide.items, wide.threads, wide.order) == (8, 416 + 64, (1, 3, 0, 2)), "along columns first"
     assert merged(56, 56, half=False, own_u=True).shared < LIMIT
     assert merged(60, 56).items == 4, "eight would cut columns"
+    assert merged(32, 32).items == 4, "eight would leave few threads"
     assert merged(56, 56, groups=2, codes=(3, 1)).order == (1, 0)
     assert merged(54, 56, groups=2, codes=(2, 0)), "rows may be cut anywhere"
     others = [
-        {"baked": False}, {"batch": 600}, {"batch": 3}, {"states": 2}, {"rank": 2}, {"groups": 5, "codes": (0,) * 5},
+        {"baked": False}, {"states": 2}, {"rank": 2}, {"groups": 5, "codes": (0,) * 5},
         {"copy": 8}, {"codes": (0, 1, 2, 7)}, {"groups": 1, "codes": (0,)}, {"codes": (0, 1, 1, 3)}, {"merge": False},
         {"bulk": False}, *({name: True} for name in ("linear", "table")),
     ]  # fmt: skip

@@ -10,8 +10,8 @@ from . import cuda_runtime
 from .cuda_shared_plan import Problem
 
 _AXES = ((0, 2), (1, 3), (0, 1, 2, 3))  # codes of rows, of columns, of both
-_PRODUCERS = 4  # warps that start copies
-_MIN_LENGTH = 2048
+_PRODUCERS = 2  # warps that start copies
+_MIN_LENGTH = 768
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,16 @@ class MergedPlan:
     shared: int
 
 
-def choose(problem: Problem, baked: bool, shared_limit: int, multiprocessors: int) -> MergedPlan | None:
+def choose(problem: Problem, baked: bool, shared_limit: int) -> MergedPlan | None:
     """The variant for this problem; None where `shared_scan.cu` has to do it."""
     one = problem.merge and problem.states == problem.rank == 1 and not (problem.linear or problem.table)
     copied = baked and problem.bulk and problem.copy == 16 and problem.length >= _MIN_LENGTH
-    filling = multiprocessors // 2 <= problem.batch <= 2 * multiprocessors
-    if not (one and copied and filling) or tuple(sorted(problem.codes)) not in _AXES:
+    if not (one and copied) or tuple(sorted(problem.codes)) not in _AXES:
         return None
     sizes = [4 if code == 0 else 2 for code in problem.types]
     maps_of_u = problem.groups if problem.own_u else 1
     gapped = problem.length + 8 * -(-problem.height // 8)
-    for items in (8, 4):
+    for items in (8, 4) if problem.length > 1024 else (4, 8):
         threads = -(-problem.length // (32 * items)) * 32 + 32 * _PRODUCERS
         if problem.length % items or (problem.columns and problem.height % items) or threads > 1024:
             continue

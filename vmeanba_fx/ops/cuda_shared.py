@@ -134,9 +134,9 @@ def _prepare(u, delta, B, C, codes, table, softplus, merge, out_dtype) -> _Launc
         bulk=torch.cuda.get_device_capability(device) >= (9, 0),
         copy=_copy_bytes(arrays, height, width),
     )
-    limits = (_bake(height, width, codes), cuda_runtime.shared_memory_limit(device), cuda_runtime.multiprocessors(device))
+    baked, shared_limit = _bake(height, width, codes), cuda_runtime.shared_memory_limit(device)
     strides = _strides(u, delta, B, C)
-    merged = cuda_merged.choose(problem, *limits)
+    merged = cuda_merged.choose(problem, baked, shared_limit)
     if merged is not None:
         return _Launch(
             kernel=cuda_merged.kernel(problem, merged, TYPE_CODES[out_dtype], device),
@@ -148,7 +148,7 @@ def _prepare(u, delta, B, C, codes, table, softplus, merge, out_dtype) -> _Launc
             out_dtype=out_dtype,
             merge=None,
         )
-    plan = choose(problem, *limits)
+    plan = choose(problem, baked, shared_limit, cuda_runtime.multiprocessors(device))
     if plan is None:
         return None
     maps = groups * plan.parts  # as blocks make them
