@@ -47,7 +47,13 @@ __device__ __forceinline__ int offset_of(int axis, int kind) {
     return (OWN_U || kind != U ? axis * AXIS_BYTES : 0) + CAP * in_axis;
 }
 
-__device__ __forceinline__ void ask(const Params &p, int piece, char *shared, uint_t arrival) {
+// The barrier that counts the bytes of an axis and kind, u and delta together. `arrivals`: the first of all.
+__device__ __forceinline__ uint_t barrier_of(uint_t arrivals, int axis, int kind) {
+    return arrivals + 8 * (3 * axis + max(kind - 1, 0));
+}
+
+// Starts a copy: number `piece` in the order in which they are needed.
+__device__ __forceinline__ void ask(const Params &p, int piece, char *shared, uint_t arrivals) {
     const bool cut = piece < CUT_ARRAYS * PARTS;
     const int number = cut ? piece / PARTS : piece - CUT_ARRAYS * (PARTS - 1), part = cut ? piece % PARTS : 0;
     const int after_u = max(number - !OWN_U, 0), axis = after_u / EACH;
@@ -59,7 +65,7 @@ __device__ __forceinline__ void ask(const Params &p, int piece, char *shared, ui
     else if (kind == DELTA) from = p.delta + (b * p.delta_b + k * p.delta_k) * DELTA_BYTES, bytes = DELTA_BYTES;
     else if (kind == B_) from = p.B + (b * p.B_b + k * p.B_k) * B_BYTES, bytes = B_BYTES;
     else from = p.C + (b * p.C_b + k * p.C_k) * C_BYTES, bytes = C_BYTES;
-    const uint_t barrier = arrival + 8 * (3 * axis + max(kind - 1, 0));
+    const uint_t barrier = barrier_of(arrivals, axis, kind);
     if (part == 0) arrival_expect(barrier, LENGTH * bytes);
     const int first = part * GAP_LINES * WIDTH, count = cut ? min(GAP_LINES * WIDTH, LENGTH - first) : LENGTH;
     char *const to = shared + offset_of(axis, kind) + (backwards * CAP + first + GAP * part) * bytes;
@@ -104,6 +110,7 @@ __device__ __forceinline__ float after_before(float v, float factor, int distanc
 
 __device__ __forceinline__ void scanners_meet() { asm volatile("bar.sync 1, %0;" ::"n"(SCANNERS) : "memory"); }
 
+// y of neighbours along a row: to its place in the output; as it was left by the threads of the columns.
 __device__ __forceinline__ void store(const Params &p, float (&y)[ITEMS], int first) {
 #pragma unroll
     for (int j = 0; j < ITEMS; ++j) y[j] *= LN2;  // dt was in base 2
@@ -134,23 +141,23 @@ template <int SLOTS> __device__ __forceinline__ float put_together(const float2 
 
 extern "C" __global__ void __launch_bounds__(THREADS) merged_scan(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) char shared[];
-    __shared__ __align__(8) int64 arrivals[3 * AXES];
+    __shared__ __align__(8) int64 barriers[3 * AXES];
     __shared__ float2 left[AXES][2][WARPS];  // see put_together
     // The warp is the same in all lanes, and known to be: behind branches that could be divergent, shuffles take a slow path.
     const int thread = threadIdx.x, lane = thread % 32, warp = __shfl_sync(FULL, thread / 32, 0);
-    const uint_t arrival = shared_address(arrivals);
+    const uint_t arrivals = shared_address(barriers);
     float *const sums = (float *)(shared + SUMS_AT);
 #pragma unroll 1
     for (int i = warp; i < 3 * AXES; i += THREADS / 32) {
         const int arrays = i % 3 ? 2 : OWN_U ? 4 : i == 0 ? 3 : 2;
-        if (lane == 0) arrival_init(arrival + 8 * i, arrays);
+        if (lane == 0) arrival_init(arrivals + 8 * i, arrays);
     }
     __syncthreads();
     if (warp >= WARPS) {
         // The lanes of a warp start their copies one after the other, in a hundred cycles each.
         const int nth = lane * PRODUCERS + warp - WARPS;
 #pragma unroll 1
-        for (int piece = nth; piece < PIECES; piece += 32 * PRODUCERS) ask(p, piece, shared, arrival);
+        for (int piece = nth; piece < PIECES; piece += 32 * PRODUCERS) ask(p, piece, shared, arrivals);
         return;
     }
     // Lanes hold A and the bias of the directions.
@@ -172,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) merged_scan(const __grid_c
         float a[2][ITEMS], h[2][ITEMS], v[ITEMS];
         float products[2][6];  // of the decays of 1, 2, 4 ... 32 threads up to this one, or as many as there are in the warp
 
-        arrival_wait(arrival + 24 * axis, 0);
+        arrival_wait(barrier_of(arrivals, axis, DELTA), 0);
         if (!OWN_U) read<U_TYPE>(v, shared, COLUMNS ? gapped : at, columns);
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
@@ -197,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) merged_scan(const __grid_c
 #pragma unroll
             for (int s = 0; s < 2; ++s) products[s][j + 1] = times_before(products[s][j], 1 << j, s);
 
-        arrival_wait(arrival + 24 * axis + 8, 0);
+        arrival_wait(barrier_of(arrivals, axis, B_), 0);
         float state[2];
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
@@ -247,19 +254,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) merged_scan(const __grid_c
 #pragma unroll
             for (int j = 0; j < ITEMS; ++j) y[j] = 0.f;
         }
-        arrival_wait(arrival + 24 * axis + 16, 0);
+        arrival_wait(barrier_of(arrivals, axis, C_), 0);
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
             read<C_TYPE>(v, shared + offset_of(axis, C_) + s * CAP * C_BYTES, at, columns);
 #pragma unroll
             for (int j = 0; j < ITEMS; ++j) y[j] = fmaf(v[j], h[s][j], y[j]);
         }
-        if (idle) {
-        } else if (columns) {
+        if (!idle && columns) {
             float *const to = sums + position + 4 * (line / ITEMS);
 #pragma unroll
             for (int j = 0; j < ITEMS; ++j) to[j * WIDTH] = y[j];
-        } else {
+        } else if (!idle) {
             store(p, y, first);
         }
     }
