@@ -4,6 +4,7 @@ Hostile plans are in ``tests/test_plan.py``, damaged checkpoints in ``tests/mode
 (``.pt2``), calibration states, and checkpoints that lie about their size.
 """
 
+import gc
 import gzip
 import io
 import json
@@ -28,6 +29,15 @@ from vmeanba_fx.models import VSSM
 from vmeanba_fx.models.checkpoints import CheckpointError, load_checkpoint
 
 SECONDS = 1.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_objects_only():
+    """A garbage collection that falls into a timed refusal must not search what the rest of the suite has left."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
