@@ -172,7 +172,7 @@ def main():
     heading = (
         f"{properties.name}, torch {torch.__version__}, {arguments.dtype}, x "
         f"{'channels-last' if arguments.channels_last else 'channel-first'}, {arguments.resolution} px; "
-        f"copy {bandwidth / 1e12:.2f} TB/s, clock {clock / 1e6:.0f} MHz, {len(cuda_ss2d._plans)} kernel plans"
+        f"copy {bandwidth / 1e12:.2f} TB/s, clock {clock / 1e6:.0f} MHz, {len(cuda_ss2d._launches)} kernel plans"
     )
     text = f"{heading}\n\n{tabulate(rows, 'keys', 'pipe')}\n\n{tabulate(sums, 'keys', 'pipe', floatfmt='.3f')}\n"
     print(text)

@@ -77,7 +77,7 @@ def _tuple(out):
 def forget_launches(monkeypatch):
     """Let every op choose its kernel anew."""
     for module, name in (
-        (cuda, "_forward_launches"), (cuda, "_tail_launches"), (cuda_shared, "_launches"), (cuda_ss2d, "_plans")
+        (cuda, "_forward_launches"), (cuda, "_tail_launches"), (cuda_shared, "_launches"), (cuda_ss2d, "_launches")
     ):  # fmt: skip
         monkeypatch.setattr(module, name, cuda.LaunchCache())
 

@@ -217,7 +217,7 @@ def test_repeated_runs_are_equal_bit_for_bit(batch, D, side, R):
 def test_sizes_beyond_those_compiled_in(monkeypatch):
     monkeypatch.setattr(cuda_ss2d, "_MAX_BAKED", 0)
     monkeypatch.setattr(cuda_ss2d, "_baked", set())
-    monkeypatch.setattr(cuda_ss2d, "_plans", cuda_ss2d.LaunchCache())
+    monkeypatch.setattr(cuda_ss2d, "_launches", cuda_ss2d.LaunchCache())
     for side in (14, 28):
         check(make(2, 16, side, side, 6))
 

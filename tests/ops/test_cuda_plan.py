@@ -1,10 +1,10 @@
-"""What the launcher of `cuda/shared_scan.cu` chooses; needs no GPU."""
+"""What the launchers of the scans' CUDA kernels choose; needs no GPU."""
 
 import itertools
 
 import pytest
 
-from vmeanba_fx.ops import cuda_merged
+from vmeanba_fx.ops import cuda_merged, cuda_ss2d_plan
 from vmeanba_fx.ops.cuda_shared_plan import Problem, choose
 
 LIMIT, PROCESSORS = 232448, 132  # of an H100
@@ -60,3 +60,36 @@ def test_what_the_shapes_of_vmamba_get():
     assert (ranks.rank, ranks.stages) == (4, 2)
     few = choose(problem(16, 128, 128, 16), True, LIMIT, PROCESSORS)
     assert (few.merge, few.parts, few.pair) == (False, 2, 2), "128 blocks, each with half of the states of a direction"
+
+
+def map_problem(batch, channels, side, rank, states=1, **changed):
+    given = {
+        "batch": batch, "channels": channels, "height": side, "width": side, "groups": 4, "rank": rank, "states": states,
+        "directions": (0, 1, 2, 3), "table": False, "bytes_of_x": 2, "words": 4,
+    }  # fmt: skip
+    return cuda_ss2d_plan.Problem(**given | changed)
+
+
+def test_every_plan_of_ss2d_can_be_launched():
+    for side, batch, channels, states in itertools.product((1, 7, 14, 33, 56, 128), (1, 128), (8, 100, 768), (1, 16, 128)):
+        for changed in ({}, {"table": True, "directions": ()}, {"bytes_of_x": 4, "words": 0}, {"directions": (0, 1, 1, 0)}):
+            asked = map_problem(batch, channels, side, 12, states, **changed)
+            plan = cuda_ss2d_plan.choose(asked, LIMIT, PROCESSORS)
+            assert plan.team.threads <= 1024 and plan.shared <= LIMIT and plan.blocks_at_once >= 1
+            assert plan.blocks * plan.team.teams * 8 >= batch * channels, "every channel is in a team"
+            assert plan.team.ring >= plan.team.warps + 2 and sorted(plan.sequence) == [0, 1, 2, 3]
+            assert plan.spill == (plan.workspace > 0), "what does not fit into shared memory is in device memory"
+            assert not plan.whole or side % plan.segment == 0, "no segment turns a corner"
+
+
+def test_what_the_maps_of_vmamba_get():
+    large, middle, small = (
+        cuda_ss2d_plan.choose(map_problem(128, *sizes), LIMIT, PROCESSORS)
+        for sizes in ((192, 56, 6), (384, 28, 12), (768, 14, 24))
+    )
+    assert (large.team.warps, large.team.fronts, large.segment, large.blocks_at_once) == (7, 2, 14, 1)
+    assert (middle.team.warps, middle.team.fronts, middle.blocks_at_once) == (2, 2, 4)
+    assert (small.team.warps, small.team.teams) == (1, 8), "one warp a team, eight teams share their features"
+    assert [plan.features.fetch for plan in (large, middle, small)] == [1, 2, 4]
+    assert large.sequence == (0, 2, 1, 3), "each direction with its reverse"
+    assert cuda_ss2d_plan.choose(map_problem(4, 96, 256, 6), LIMIT, PROCESSORS).spill

@@ -5,6 +5,7 @@ This module only chooses: a kernel variant (macros), a grid, and when to leave a
 look-up and a launch. The one-channel scans are in `cuda_shared`. Importing this touches neither CuPy nor CUDA.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -209,8 +210,9 @@ def _core_backward(grad, u, delta, A, B, C, D, delta_bias, softplus):
     def fresh(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=device)
 
-    kept_states = fresh(batch * channels, plan.chunks, states) if plan.chunks > 1 else None
-    if kept_states is not None:
+    kept_states = None
+    if plan.states is not None:
+        kept_states = fresh(batch * channels, plan.chunks, states)
         pointers = (pointer(t) for t in (u, delta, A, B, None, None, None, delta_bias, kept_states))
         fields = (*pointers, *_forward_sizes(u, delta, B, C, None))
         plan.states.launch((-(-batch * channels // plan.states_rows), 1, 1), 128, 0, fields)
@@ -228,10 +230,19 @@ def _core_backward(grad, u, delta, A, B, C, D, delta_bias, softplus):
     return du.to(u.dtype), ddelta.to(delta.dtype), dA.sum(0), dB, dC, dD.sum(0), dbias.sum(0)
 
 
+@dataclass(frozen=True)
 class _BackwardPlan:
     """Kernel variants and sizes for one shape. With `tiles` > 1 du and ddelta are float32 sums over tiles of states."""
 
-    __slots__ = ("backward", "chunks", "per_block", "shared", "splits", "states", "states_rows", "threads", "tiles")
+    backward: cuda_runtime.Kernel
+    states: cuda_runtime.Kernel | None  # keeps the state after each chunk; None where there is one chunk
+    states_rows: int  # of a block of it
+    tiles: int
+    chunks: int
+    per_block: int  # channels
+    splits: int  # blocks that share the channels of a group
+    threads: int
+    shared: int
 
 
 @lru_cache(maxsize=512)
@@ -243,8 +254,7 @@ def _backward_plan(types, states, softplus, batch, groups, per_group, length, pa
     threads, minimum = 128, 5 if length > 256 else 4
     teams, chunk = threads // per_row, per_row * items
     tile = max(t for t in range(1, min(states, 16) + 1) if states % t == 0)
-    plan = _BackwardPlan()
-    plan.threads, plan.tiles, plan.chunks = threads, states // tile, -(-length // chunk)
+    tiles, chunks = states // tile, -(-length // chunk)
     # Fewer channels per block until the GPU is full, or the block's per-channel sums fit.
     rounds = -(-per_group // teams)
     enough = 2 * minimum * cuda_runtime.multiprocessors(device)
@@ -252,9 +262,7 @@ def _backward_plan(types, states, softplus, batch, groups, per_group, length, pa
         batch * groups * -(-per_group // (rounds * teams)) < enough or rounds * teams * (states + 1) * 8 > 16384
     ):
         rounds = -(-rounds // 2)
-    plan.per_block = min(rounds * teams, per_group)
-    plan.splits = -(-per_group // plan.per_block)
-    plan.shared = teams * 2 * tile * chunk * 4 + plan.per_block * (states + 1) * 8
+    per_block = min(rounds * teams, per_group)
     u, delta, B, C, grad = types
     common = (
         ("NSTATE", states),
@@ -265,20 +273,26 @@ def _backward_plan(types, states, softplus, batch, groups, per_group, length, pa
         ("VECTOR", int(pack > 0)),
         *zip(("U_TYPE", "DELTA_TYPE", "B_TYPE", "C_TYPE"), (u, delta, B, C), strict=True),
     )
-    if plan.chunks > 1:
-        macros = (*common, ("Z_TYPE", -1), ("OUT_TYPE", 0), ("MIN_BLOCKS", 6), ("STATES", 1))
-        plan.states = cuda_runtime.kernel("selective_scan.cu", "selective_scan", macros, device)
-        plan.states_rows = teams
+    keeping = (*common, ("Z_TYPE", -1), ("OUT_TYPE", 0), ("MIN_BLOCKS", 6), ("STATES", 1))
     macros = (
         *common,
         ("GRAD_TYPE", grad),
-        ("DU_TYPE", u if plan.tiles == 1 else 0),
-        ("DDELTA_TYPE", delta if plan.tiles == 1 else 0),
+        ("DU_TYPE", u if tiles == 1 else 0),
+        ("DDELTA_TYPE", delta if tiles == 1 else 0),
         ("TILE", tile),
         ("MIN_BLOCKS", minimum),
     )
-    plan.backward = cuda_runtime.kernel("selective_scan_bwd.cu", "selective_scan_bwd", macros, device)
-    return plan
+    return _BackwardPlan(
+        backward=cuda_runtime.kernel("selective_scan_bwd.cu", "selective_scan_bwd", macros, device),
+        states=cuda_runtime.kernel("selective_scan.cu", "selective_scan", keeping, device) if chunks > 1 else None,
+        states_rows=teams,
+        tiles=tiles,
+        chunks=chunks,
+        per_block=per_block,
+        splits=-(-per_group // per_block),
+        threads=threads,
+        shared=teams * 2 * tile * chunk * 4 + per_block * (states + 1) * 8,
+    )
 
 
 def _prepare_tail(y, u, D, out_dtype):

@@ -30,7 +30,7 @@ def choose(problem: Problem, baked: bool, shared_limit: int) -> MergedPlan | Non
     copied = baked and problem.bulk and problem.copy == 16 and problem.length >= _MIN_LENGTH
     if not (one and copied) or tuple(sorted(problem.codes)) not in _AXES:
         return None
-    sizes = [4 if code == 0 else 2 for code in problem.types]
+    sizes = problem.element_sizes
     maps_of_u = problem.groups if problem.own_u else 1
     gapped = problem.length + 8 * -(-problem.height // 8)
     for items in (8, 4) if problem.length > 1024 else (4, 8):

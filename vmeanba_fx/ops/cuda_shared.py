@@ -108,16 +108,33 @@ def _run(u, delta, A, B, C, bias, codes, order, softplus, merge, out_dtype) -> T
 
 def _prepare(u, delta, B, C, codes, table, softplus, merge, out_dtype) -> _Launch | None:
     """Choose the kernel for these arguments; None where PyTorch has to do it."""
-    linear = u is None
-    batch, groups, height, width = *delta.shape[:2], *delta.shape[-2:]
-    states, rank = C.shape[2], B.shape[2] if linear else u.shape[2]
-    if not usable(u, delta, B, C) or out_dtype not in TYPE_CODES or 0 in (batch, groups, rank, states):
+    empty = any(t is not None and t.numel() == 0 for t in (u, delta, B, C))
+    if empty or not usable(u, delta, B, C) or out_dtype not in TYPE_CODES:
         return None
-    check_limits("a scan with shared decay", height * width, states)
-    arrays = (delta, B, C) if linear else (u, delta, B, C)
-    codes = (0,) * groups if codes is None else tuple(_simplest(code, height, width) for code in codes)
-    device = C.get_device()
-    problem = Problem(
+    problem, device = _problem(u, delta, B, C, codes, table, softplus, merge), C.get_device()
+    check_limits("a scan with shared decay", problem.length, problem.states)
+    baked = _bake(problem.height, problem.width, problem.codes)
+    shared_limit, strides = cuda_runtime.shared_memory_limit(device), _strides(u, delta, B, C)
+    merged = cuda_merged.choose(problem, baked, shared_limit)
+    if merged is not None:
+        return _Launch(
+            kernel=cuda_merged.kernel(problem, merged, TYPE_CODES[out_dtype], device),
+            grid=(problem.batch, 1, 1),
+            threads=merged.threads,
+            shared=merged.shared,
+            sizes=(0,) * 11 + strides,  # its sizes are compiled in
+            out_shape=(problem.batch, 1, problem.height, problem.width),
+            out_dtype=out_dtype,
+            merge=None,
+        )
+    plan = choose(problem, baked, shared_limit, cuda_runtime.multiprocessors(device))
+    return None if plan is None else _shared_launch(problem, plan, strides, out_dtype, device)
+
+
+def _problem(u, delta, B, C, codes, table, softplus, merge) -> Problem:
+    linear = u is None
+    (batch, groups), (height, width) = delta.shape[:2], delta.shape[-2:]
+    return Problem(
         linear=linear,
         own_u=linear or u.shape[1] > 1,
         table=table,
@@ -126,44 +143,35 @@ def _prepare(u, delta, B, C, codes, table, softplus, merge, out_dtype) -> _Launc
         types=(type_code(u, 0), type_code(delta), type_code(B), type_code(C)),
         batch=batch,
         groups=groups,
-        states=states,
-        rank=rank,
+        states=C.shape[2],
+        rank=B.shape[2] if linear else u.shape[2],
         height=height,
         width=width,
-        codes=codes,
-        bulk=torch.cuda.get_device_capability(device) >= (9, 0),
-        copy=_copy_bytes(arrays, height, width),
+        codes=(0,) * groups if codes is None else tuple(_simplest(code, height, width) for code in codes),
+        bulk=torch.cuda.get_device_capability(C.device) >= (9, 0),
+        copy=_copy_bytes((delta, B, C) if linear else (u, delta, B, C), height, width),
     )
-    baked, shared_limit = _bake(height, width, codes), cuda_runtime.shared_memory_limit(device)
-    strides = _strides(u, delta, B, C)
-    merged = cuda_merged.choose(problem, baked, shared_limit)
-    if merged is not None:
-        return _Launch(
-            kernel=cuda_merged.kernel(problem, merged, TYPE_CODES[out_dtype], device),
-            grid=(batch, 1, 1),
-            threads=merged.threads,
-            shared=merged.shared,
-            sizes=(0,) * 11 + strides,  # its sizes are compiled in
-            out_shape=(batch, 1, height, width),
-            out_dtype=out_dtype,
-            merge=None,
-        )
-    plan = choose(problem, baked, shared_limit, cuda_runtime.multiprocessors(device))
-    if plan is None:
-        return None
-    maps = groups * plan.parts  # as blocks make them
-    addends = 1 if plan.merge else maps if merge else plan.parts
-    shape, dtype, after = (batch, *(() if merge else (groups,)), rank, height, width), out_dtype, None
+
+
+def _shared_launch(problem: Problem, plan: Plan, strides: tuple[int, ...], out_dtype: torch.dtype, device: int) -> _Launch:
+    """A launch of `shared_scan.cu`. Where several blocks make the same map, theirs are float32, and added up afterwards."""
+    height, width = problem.height, problem.width
+    maps = problem.groups * plan.parts  # as blocks make them
+    addends = 1 if plan.merge else maps if problem.merge else plan.parts
+    shape: tuple[int, ...] = (problem.batch, *(() if problem.merge else (problem.groups,)), problem.rank, height, width)
+    dtype, after = out_dtype, None
     if addends > 1:
         after = Merge.of(addends, shape, out_dtype, device)
-        shape, dtype = (batch, maps, rank, height, width), torch.float32
-    sizes = (groups, states, plan.parts, rank, height, width, plan.rows, plan.columns, plan.skew, plan.sum_cap)
+        shape, dtype = (problem.batch, maps, problem.rank, height, width), torch.float32
     return _Launch(
         kernel=_kernel(problem, plan, TYPE_CODES[dtype], device),
-        grid=(batch, -(-rank // plan.rank), 1 if plan.merge else maps),
+        grid=(problem.batch, -(-problem.rank // plan.rank), 1 if plan.merge else maps),
         threads=(plan.threads + 32 * (plan.bulk and plan.loops)) * plan.teams,
         shared=plan.shared,
-        sizes=(problem.directions, *sizes, *strides),
+        sizes=(
+            *(problem.directions, problem.groups, problem.states, plan.parts, problem.rank, height, width),
+            *(plan.rows, plan.columns, plan.skew, plan.sum_cap, *strides),
+        ),
         out_shape=shape,
         out_dtype=dtype,
         merge=after,

@@ -39,6 +39,10 @@ class Problem:
         return any(code & 1 for code in self.codes)
 
     @property
+    def element_sizes(self) -> tuple[int, ...]:
+        return tuple(4 if code == 0 else 2 for code in self.types)
+
+    @property
     def directions(self) -> int:
         """The codes as the kernel reads them, four bits each."""
         return sum((code & 7) << (4 * k) for k, code in enumerate(self.codes[:MAX_DIRECTIONS]))
@@ -125,32 +129,17 @@ def _fit(problem, baked, merge, parts, rank, teams, tile, items, stages, pair, s
     """The plan with these choices, or None if it does not fit into shared memory or a tile cannot hold a line."""
     height, width, length = problem.height, problem.width, problem.length
     states = problem.states // parts
-    rows, columns = min(tile, length), width
-    if length > tile:
-        if problem.table:
-            return None
-        if any(code & 5 == 4 for code in problem.codes):
-            whole = lcm(width, 8)  # lines that are read backwards must not be cut
-            rows = tile // whole * whole
-        rows = rows // 8 * 8
-        if problem.columns:
-            columns = tile // height
-            columns = columns // 8 * 8 if columns >= 8 else columns
-        if rows == 0 or columns == 0:
-            return None
+    cut = _cut(problem, tile)
+    if cut is None:
+        return None
+    rows, columns = cut
     used = max(rows, columns * height if problem.columns else 0)
     threads = -(-used // (32 * items)) * 32
     if not baked:
         threads = 1 << (threads - 1).bit_length()  # few variants, each for many sizes
     if threads * teams > 1024:
         return None
-    sizes = [4 if code == 0 else 2 for code in problem.types]
-    copy = problem.copy
-    while copy >= 4 and any(
-        rows * s % copy or (columns != width and (width * s % copy or columns * s % copy)) for s in sizes[:4]
-    ):
-        copy //= 2
-    copy = copy if copy >= max(4, *sizes[:4]) else 0
+    copy = _copy_of_tiles(problem, rows, columns)
     skew = 8 if width % 2 == 0 and height > 1 and (problem.columns or problem.table) else 0
     cap = -(-(threads * items + skew * (max(height, used // width) // 8 + 1)) // 8) * 8
     if not baked:
@@ -164,11 +153,7 @@ def _fit(problem, baked, merge, parts, rank, teams, tile, items, stages, pair, s
     loops = steps > stages
     if (threads + 32 * (bulk and loops)) * teams > 1024 or (stages == 1 and (loops or not bulk)):
         return None
-    size_u, size_delta, size_B, size_C = sizes[:4]
-    if problem.linear:
-        front, stage = 0, pair * (size_delta + rank * size_B + size_C)
-    else:
-        front, stage = -(-stages * pair // states) * (size_delta + rank * size_u), pair * (size_B + size_C)
+    front, stage = _bytes_of_step(problem, states, rank, stages, pair)
     shared = teams * (cap * (stages * stage + front) + rank * sum_cap * 4)
     shared += 4 * (problem.groups if merge else 1) * (states + 1)
     fixed = teams * 2 * 4 * (threads // 32 * (pair * rank + pair + 1) + states * rank + stages)
@@ -179,3 +164,39 @@ def _fit(problem, baked, merge, parts, rank, teams, tile, items, stages, pair, s
         *(rank == 1 and items == 8 and pair == 1, bulk, loops),
         *(rows, columns, copy, skew, cap, sum_cap, shared),
     )
+
+
+def _cut(problem: Problem, tile: int) -> tuple[int, int] | None:
+    """Sizes of the pieces of at most `tile` steps that a map is read in: steps along rows, whole columns. None: impossible."""
+    height, width, length = problem.height, problem.width, problem.length
+    if length <= tile:
+        return length, width
+    if problem.table:
+        return None
+    rows, columns = tile, width
+    if any(code & 5 == 4 for code in problem.codes):
+        whole = lcm(width, 8)  # lines that are read backwards must not be cut
+        rows = tile // whole * whole
+    rows = rows // 8 * 8
+    if problem.columns:
+        columns = tile // height
+        columns = columns // 8 * 8 if columns >= 8 else columns
+    return None if rows == 0 or columns == 0 else (rows, columns)
+
+
+def _copy_of_tiles(problem: Problem, rows: int, columns: int) -> int:
+    """Bytes of one asynchronous copy that suits every tile too; 0 where there is none."""
+    width, copy, sizes = problem.width, problem.copy, problem.element_sizes
+    while copy >= 4 and any(
+        rows * size % copy or (columns != width and (width * size % copy or columns * size % copy)) for size in sizes
+    ):
+        copy //= 2
+    return copy if copy >= max(4, *sizes) else 0
+
+
+def _bytes_of_step(problem: Problem, states: int, rank: int, stages: int, pair: int) -> tuple[int, int]:
+    """Bytes per position in shared memory: of what stays for all states of a direction, and of one stage."""
+    size_u, size_delta, size_B, size_C = problem.element_sizes
+    if problem.linear:
+        return 0, pair * (size_delta + rank * size_B + size_C)
+    return -(-stages * pair // states) * (size_delta + rank * size_u), pair * (size_B + size_C)
