@@ -24,16 +24,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from vmeanba_fx.analysis.evaluate import attribute, evaluate, is_parameter_only, shape_of
 from vmeanba_fx.errors import GraphCheckError
-from vmeanba_fx.graph import Emitter, aten, graph_modules, remove_dead_code, value
+from vmeanba_fx.graph import Emitter, aten, graph_modules, remove_dead_code, value, with_flat_weights
 
 NAME = "pack_weights"
+mkldnn = torch.ops.mkldnn
 _LAYERS = {aten.linear.default, aten.conv2d.default}
 # Multiply-adds from which on a packed layer is faster than PyTorch's own: it costs a few microseconds more per call.
 _LEAST_WORK = 1 << 18
+_ACTIVATIONS = {aten.silu.default: "swish", aten.relu.default: "relu"}
 _CONV = {"bias": None, "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1}
 
 
@@ -55,7 +57,7 @@ def pack_weights(gm: fx.GraphModule, batch: int = 1) -> fx.GraphModule:
         if scan.args[2].op == "get_attr":  # the kernel reads this table in float32
             scan.update_arg(2, _buffer(gm, scan, scan.args[2], attribute(scan.args[2]).detach().float()))
     remove_dead_code(gm)
-    return _flat(gm)
+    return with_flat_weights(gm)
 
 
 def _fold_constants(gm: fx.GraphModule) -> None:
@@ -68,7 +70,7 @@ def _fold_constants(gm: fx.GraphModule) -> None:
 
 def _is_packable(layer: fx.Node) -> bool:
     x = value(layer.args[0])
-    supported = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    supported = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported())
     fixed = all(a is None or a.op == "get_attr" for a in layer.args[1:3])
     return supported and fixed and x.device.type == "cpu" and all(value(a).dtype == x.dtype for a in layer.all_input_nodes)
 
@@ -78,13 +80,13 @@ def _pack_linear(gm: fx.GraphModule, layer: fx.Node, batch: int) -> None:
     rows, matrix = torch.Size(shape_of(x, batch)[:-1]).numel(), attribute(weight).detach()
     if rows * matrix.numel() < _LEAST_WORK:
         return
-    packed = _buffer(gm, layer, weight, torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), rows))
+    packed = _buffer(gm, layer, weight, mkldnn._reorder_linear_weight(matrix.contiguous(), rows))
     reader = _only_reader(layer)
     if reader is not None and reader.target is aten.add.Tensor and (other := _summand(reader, layer)) is not None:
-        _replace(reader, torch.ops.mkldnn._linear_pointwise.binary, x, other, packed, bias, "add")
+        _replace(reader, mkldnn._linear_pointwise.binary, x, other, packed, bias, "add")
         return
     last, *activation = _activation(layer, reader)
-    _replace(last, torch.ops.mkldnn._linear_pointwise.default, x, packed, bias, *activation)
+    _replace(last, mkldnn._linear_pointwise.default, x, packed, bias, *activation)
 
 
 def _pack_conv(gm: fx.GraphModule, layer: fx.Node, batch: int) -> None:
@@ -92,12 +94,12 @@ def _pack_conv(gm: fx.GraphModule, layer: fx.Node, batch: int) -> None:
     bias, stride, padding, dilation, groups = (_CONV | dict(zip(_CONV, layer.args[2:], strict=False))).values()
     if not value(x).is_contiguous(memory_format=torch.channels_last):
         x = Emitter(gm.graph, layer, NAME)(aten.contiguous.default, x, memory_format=torch.channels_last)
-    kernel = attribute(weight).detach().contiguous(memory_format=torch.channels_last)
     where = padding, stride, dilation, groups
-    kernel = torch.ops.mkldnn._reorder_convolution_weight(kernel, *where, list(shape_of(x, batch)))
-    packed = _buffer(gm, layer, weight, kernel)
+    kernel = attribute(weight).detach().contiguous(memory_format=torch.channels_last)
+    reordered = mkldnn._reorder_convolution_weight(kernel, *where, list(shape_of(x, batch)))
+    packed = _buffer(gm, layer, weight, reordered)
     last, *activation = _activation(layer, _only_reader(layer))
-    new = _replace(last, torch.ops.mkldnn._convolution_pointwise.default, x, packed, bias, *where, *activation)
+    new = _replace(last, mkldnn._convolution_pointwise.default, x, packed, bias, *where, *activation)
     new.meta["val"] = value(last).contiguous(memory_format=torch.channels_last)
 
 
@@ -107,11 +109,10 @@ def _only_reader(node: fx.Node) -> fx.Node | None:
 
 def _activation(layer: fx.Node, reader: fx.Node | None) -> tuple[fx.Node, str, list, str]:
     """The node that the packed layer stands for, and what oneDNN calls the activation in it."""
-    if reader is not None:
-        if reader.target is aten.gelu.default:
-            return reader, "gelu", [], reader.kwargs.get("approximate", "none")
-        if reader.target in (aten.silu.default, aten.relu.default):
-            return reader, "swish" if reader.target is aten.silu.default else "relu", [], ""
+    if reader is not None and reader.target is aten.gelu.default:
+        return reader, "gelu", [], reader.kwargs.get("approximate", "none")
+    if reader is not None and reader.target in _ACTIVATIONS:
+        return reader, _ACTIVATIONS[reader.target], [], ""
     return layer, "none", [], ""
 
 
@@ -133,27 +134,8 @@ def _replace(old: fx.Node, target: Any, *args: Any) -> fx.Node:
 
 def _buffer(gm: fx.GraphModule, before: fx.Node, like: fx.Node, tensor: Tensor) -> fx.Node:
     """A node that reads ``tensor``; as far as fake values go, an oneDNN tensor is the plain one that it was made from."""
-    name = like.target if like.op == "get_attr" else like.name
-    node = Emitter(gm.graph, before, NAME).get_attr(gm, str(name), torch.empty(0))
+    name = str(like.target if like.op == "get_attr" else like.name)
+    node = Emitter(gm.graph, before, NAME).get_attr(gm, name, torch.empty(0))
     gm.register_buffer(str(node.target), tensor)
     node.meta["val"] = value(like)
     return node
-
-
-def _flat(gm: fx.GraphModule) -> fx.GraphModule:
-    """The same graph in a module with all weights at its top level."""
-    root, names = nn.Module(), {}
-    for node in gm.graph.nodes:
-        if node.op == "get_attr":
-            tensor, path = attribute(node), str(node.target)
-            if path not in names:
-                names[path] = path.replace(".", "_")
-                while hasattr(root, names[path]):
-                    names[path] += "_"
-                root.register_buffer(names[path], tensor.detach() if isinstance(tensor, nn.Parameter) else tensor)
-            node.target = names[path]
-        elif node.op == "call_module":
-            root.add_module(str(node.target), gm.get_submodule(str(node.target)))
-    flat = fx.GraphModule(root, gm.graph)
-    flat.meta.update(gm.meta)
-    return flat.eval()

@@ -177,6 +177,16 @@ def concrete_size(size: int | torch.SymInt) -> int:
     return int(found)
 
 
+def fresh_name(owner: torch.nn.Module, name: str) -> str:
+    """A name like ``name`` that ``owner`` has no attribute of yet."""
+    name = name.replace(".", "_").replace("#", "_")
+    fresh, i = name, 0
+    while hasattr(owner, fresh):
+        i += 1
+        fresh = f"{name}_{i}"
+    return fresh
+
+
 class Emitter:
     """Insert nodes into a graph, each with its fake value, its site and the name of the pass that made it.
 
@@ -204,11 +214,7 @@ class Emitter:
 
         It is a buffer, or with ``trained`` a parameter, which is frozen where all others are.
         """
-        name = name.replace(".", "_").replace("#", "_")
-        fresh, i = name, 0
-        while hasattr(owner, fresh):
-            i += 1
-            fresh = f"{name}_{i}"
+        fresh = fresh_name(owner, name)
         if trained:
             frozen = not any(p.requires_grad for p in owner.parameters())
             owner.register_parameter(fresh, torch.nn.Parameter(tensor, requires_grad=not frozen))
@@ -297,6 +303,24 @@ def drop_unused_attributes(gm: fx.GraphModule) -> None:
         if full not in used:
             path, _, leaf = full.rpartition(".")
             delattr(gm.get_submodule(path), leaf)
+
+
+def with_flat_weights(gm: fx.GraphModule) -> fx.GraphModule:
+    """The graph of ``gm``, which is used up, in a module that has all weights as buffers at its top level."""
+    root = torch.nn.Module()
+    names: dict[str, str] = {}
+    for node in gm.graph.nodes:
+        path = str(node.target)
+        if node.op == "get_attr":
+            if path not in names:
+                names[path] = fresh_name(root, path)
+                root.register_buffer(names[path], read_attribute(gm, path).detach())
+            node.target = names[path]
+        elif node.op == "call_module":
+            root.add_module(path, gm.get_submodule(path))
+    flat = fx.GraphModule(root, gm.graph)
+    flat.meta.update(gm.meta)
+    return flat.eval()
 
 
 def mutates(node: fx.Node) -> bool:

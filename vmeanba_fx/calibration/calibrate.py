@@ -21,14 +21,14 @@ from ..fitting.reduction import Fit, Reduce, Reduction
 from ..fitting.refits import refit_each
 from ..passes.mean_scan import Mean, check_mean
 from ..plan import Plan
-from ..sites import find_sites
+from ..sites import SiteList, find_sites
 from .batches import Batches, describe_inputs, seeded
 from .bootstrap import intervals, told_apart
 from .cost import cost_table
 from .curve import Curve, Unit, Walk
 from .fingerprint import Fingerprint
 from .gradient import estimate_sites
-from .metrics import Metric, resolve_metric
+from .metrics import Batch, Metric, resolve_metric
 from .replacing import Replacer
 from .resume import Saved
 from .scoring import Runner, measure_sites
@@ -109,22 +109,13 @@ def calibrate(
         PlanError: ``resume`` holds the state of another run.
     """
     check_mean(mean)
-    reduction = Reduction.of(reduce, rank, energy, fit)
     check_group_by(group_by)
-    if score not in get_args(Score):
-        raise CalibrationError(f"score={score!r}: choose one of {', '.join(map(repr, get_args(Score)))}")
-    if refitted and score != "measured":
-        raise CalibrationError(f"refitted=True needs score='measured', not {score!r}")
-    if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
-        raise CalibrationError(f"max_batches={max_batches!r}: give a whole number of at least 1, or None for all")
+    _check_options(score, refitted, max_batches)
+    reduction = Reduction.of(reduce, rank, energy, fit)
     with seeded(seed):
         batches = Batches(calib_loader, transform_fn, max_batches, seed)
-        with torch.random.fork_rng(devices=[]):  # a second pass over the loader, without a capture, draws the same
-            gm = capture(model, batches.first.args, batches.first.kwargs, dynamic_size=dynamic_size)
-            sites = find_sites(gm)
-        if reduction.kind == "rank":
-            sites = reachable(gm, sites)
         chosen = _metric(metric, score, batches.first.labels is not None)
+        gm, sites = _captured(model, batches.first, dynamic_size, reduction)
         options = {"mean": mean, "metric": chosen.name, "dynamic_size": dynamic_size} | reduction.options()
         options |= {"refitted": True} if refitted else {}
         plan = Plan(
@@ -150,13 +141,35 @@ def calibrate(
         if not score_sites:
             return plan
         saved = Saved(resume, plan.fingerprint)
-        if reduction.kind == "rank":
-            plan.fits.update(fit_sites(gm, sites, batches, reduction))
-        replacer = Replacer(gm, sites, mean, plan.fits)
-        if refitted:
-            replacer = Replacer(gm, sites, mean, plan.fits, refit_each(gm, sites, batches, replacer))
-        runner = Runner(gm, sites, chosen, replacer)
+        runner = Runner(gm, sites, chosen, _replacer(plan, gm, sites, batches, refitted))
         return _scored(plan, runner, batches, saved, units, _ways(score, greedy, held_out), seed, progress)
+
+
+def _check_options(score: str, refitted: bool, max_batches: int | None) -> None:
+    if score not in get_args(Score):
+        raise CalibrationError(f"score={score!r}: choose one of {', '.join(map(repr, get_args(Score)))}")
+    if refitted and score != "measured":
+        raise CalibrationError(f"refitted=True needs score='measured', not {score!r}")
+    if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
+        raise CalibrationError(f"max_batches={max_batches!r}: give a whole number of at least 1, or None for all")
+
+
+def _captured(
+    model: nn.Module | fx.GraphModule | ExportedProgram, first: Batch, dynamic_size: bool, reduction: Reduction
+) -> tuple[fx.GraphModule, SiteList]:
+    """The graph and its sites, those that the kind of replacement can be made at."""
+    with torch.random.fork_rng(devices=[]):  # a second pass over the loader, without a capture, draws the same
+        gm = capture(model, first.args, first.kwargs, dynamic_size=dynamic_size)
+        sites = find_sites(gm)
+    return gm, reachable(gm, sites) if reduction.kind == "rank" else sites
+
+
+def _replacer(plan: Plan, gm: fx.GraphModule, sites: SiteList, batches: Batches, refitted: bool) -> Replacer:
+    """What replaces single sites while they are scored. Rank-r replacements are fitted here, and refits on top of them."""
+    if plan.reduction.kind == "rank":
+        plan.fits.update(fit_sites(gm, sites, batches, plan.reduction))
+    replacer = Replacer(gm, sites, plan.mean, plan.fits)
+    return Replacer(gm, sites, plan.mean, plan.fits, refit_each(gm, sites, batches, replacer)) if refitted else replacer
 
 
 def _scored(

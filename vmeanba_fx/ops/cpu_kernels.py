@@ -114,12 +114,7 @@ def selective_scan(data):
                 prefetch_vectors(out_at + out_size * (begin + t), row, rows)
                 load_columns(u_rows + 4 * t, SPAN, rows, x_t)
                 load_columns(delta_rows + 4 * t, SPAN, rows, dt_t)
-                for i in range(LANES):
-                    dt = load(dt_t + ROW * i) + shift
-                    if softplus_:
-                        dt = softplus(dt)
-                    store(dt_t + ROW * i, dt)
-                    store(du_t + ROW * i, dt * load(x_t + ROW * i))
+                _drives(x_t, shift, softplus_, dt_t, du_t)
                 for i in range(min(LANES, steps - t)):
                     dt, du, y = load(dt_t + ROW * i), load(du_t + ROW * i), weight * load(x_t + ROW * i)
                     B_now, C_now = B_rows + 4 * (t + i), C_rows + 4 * (t + i)
@@ -129,12 +124,28 @@ def selective_scan(data):
                 read_rows(y_t, ROW, rows, LANES, out_rows + 4 * t, SPAN)
             if z:
                 read_rows(z_at + z_size * begin, z_c, rows, steps, u_rows, SPAN, z_size)
-                for i in range(rows):
-                    for t in range(0, 4 * steps, ROW):
-                        gate = silu(load(u_rows + SPAN * i + t))
-                        store(out_rows + SPAN * i + t, load(out_rows + SPAN * i + t) * gate)
+                _gate(u_rows, rows, steps, out_rows)
             write_rows(out_rows, SPAN, rows, steps, out_at + out_size * begin, row, out_size)
         piece = take(data)
+
+
+@njit(nogil=True)
+def _drives(x_t, shift, softplus_, dt_t, du_t):
+    """In place, dt = softplus?(dt + shift) of 16 steps, a vector of channels each; to du_t, dt * x."""
+    for i in range(LANES):
+        dt = load(dt_t + ROW * i) + shift
+        if softplus_:
+            dt = softplus(dt)
+        store(dt_t + ROW * i, dt)
+        store(du_t + ROW * i, dt * load(x_t + ROW * i))
+
+
+@njit(nogil=True)
+def _gate(z_rows, rows, steps, out_rows):
+    """out *= silu(z), both (rows, steps) in spans."""
+    for i in range(rows):
+        for t in range(SPAN * i, SPAN * i + 4 * steps, ROW):
+            store(out_rows + t, load(out_rows + t) * silu(load(z_rows + t)))
 
 
 def ss2d_scratch(R: int, N: int, L: int, x_size: int) -> int:
