@@ -11,6 +11,17 @@ class CaptureError(VMeanbaError, RuntimeError):
     """The model could not be turned into one ATen-level graph."""
 
 
+class GuardError(VMeanbaError, RuntimeError):
+    """A traced graph was called with an input for which the model would have taken another way.
+
+    ``condition``: what holds for the inputs that a captured graph takes, as code.
+    """
+
+    def __init__(self, message: str, condition: str = "") -> None:
+        super().__init__(message)
+        self.condition = condition
+
+
 class NoSitesError(VMeanbaError, ValueError):
     """The captured graph holds no selective scan that can be rewritten."""
 

@@ -22,6 +22,8 @@ SCAN = (torch.ops.vmeanba_fx.selective_scan, torch.ops.vmeanba_fx.selective_scan
 LAST_STATE = (torch.ops.vmeanba_fx.last_state, torch.ops.vmeanba_fx.last_state.default)
 SITE = "vmeanba_fx.site"
 MADE_BY = "vmeanba_fx.pass"
+GUARDS = "_guards_fn"
+"""Attribute of a captured graph: the module that checks its inputs."""
 REPORT = "vmeanba_fx.report"
 """``gm.meta`` key of a rewritten graph: its report."""
 NOT_FUSED = "vmeanba_fx.not_fused"
@@ -32,7 +34,7 @@ def graph_modules(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
     """``gm`` and the sub-graphs inside it (bodies of autocast and checkpoint regions), outermost first."""
     yield gm
     for name, child in gm.named_modules():
-        if name and isinstance(child, fx.GraphModule):
+        if name and isinstance(child, fx.GraphModule) and not name.startswith(GUARDS):
             yield child
 
 
@@ -118,9 +120,11 @@ def site_names(gm: fx.GraphModule) -> list[str]:
 def strip_metadata(gm: fx.GraphModule) -> None:
     """Drop what export keeps for its own debugging: stack traces, and assertions that pin every cast to a dtype.
 
-    With the assertions in place ``gm.half()`` would fail at the first cast that export saw as a no-op.
+    With the assertions in place ``gm.half()`` would fail at the first cast that export saw as a no-op, and with the tracer
+    of export on it the graph could not be unpickled.
     """
     for owner in graph_modules(gm):
+        owner._tracer_cls = owner.graph._tracer_cls = None
         for node in list(owner.graph.nodes):
             if node.target in _CHECKS:
                 owner.graph.erase_node(node)
@@ -293,7 +297,7 @@ def drop_unused_attributes(gm: fx.GraphModule) -> None:
         if isinstance(owner, fx.GraphModule):
             prefix = f"{name}." if name else ""
             used |= {prefix + str(n.target) for n in owner.graph.nodes if n.op == "get_attr"}
-        elif not name.startswith("_guards_fn"):
+        elif not name.startswith(GUARDS):
             calls = any(n.op == "call_module" and n.target == name for n in gm.graph.nodes)
             if calls:
                 used |= {f"{name}.{k}" for k in owner.state_dict()}

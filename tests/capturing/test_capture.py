@@ -10,7 +10,7 @@ from tests import zoo
 from tests.capturing.models import InPlaceBlock, StaticBatch, StaticSize
 from tests.helpers import agrees, relative_error
 from vmeanba_fx.capturing.capture import capture, capture_info
-from vmeanba_fx.errors import CaptureError
+from vmeanba_fx.errors import CaptureError, GuardError
 from vmeanba_fx.graph import mutates, scan_nodes
 from vmeanba_fx.sites import find_sites
 
@@ -82,7 +82,7 @@ def test_model_that_specialises_its_batch():
     assert not info.batch_dynamic
     assert info.notes == ("the model specialises its batch size: the graph runs for batch 3 only",)
     assert agrees(gm, model, zoo.images(3))
-    with pytest.raises(AssertionError, match=r"x.size\(\)\[0\] == 3"):
+    with pytest.raises(GuardError, match=r"x.size\(\)\[0\] == 3"):
         gm(zoo.images(2))
 
 
@@ -93,7 +93,7 @@ def test_model_that_specialises_its_size():
     assert info.dynamic == (("x", 0),)
     assert info.notes == ("the model specialises its height and width: the graph runs for the captured size only",)
     assert agrees(gm, model, zoo.images(2))
-    with pytest.raises(AssertionError, match=r"x.size\(\)\[2\] == 12"):
+    with pytest.raises(GuardError, match=r"x.size\(\)\[2\] == 12"):
         gm(torch.randn(2, 3, 16, 20))
 
 

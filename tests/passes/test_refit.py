@@ -12,7 +12,8 @@ from tests import zoo
 from tests.helpers import relative_error
 from vmeanba_fx import CalibrationError, PlanError
 from vmeanba_fx.calibration.batches import Batches
-from vmeanba_fx.fitting.refits import REFIT, refit_sites
+from vmeanba_fx.calibration.replacing import Replacer
+from vmeanba_fx.fitting.refits import REFIT, refit_each, refit_sites
 from vmeanba_fx.graph import copy_graph, scan_nodes
 
 LOADER = zoo.labelled(3, 6)
@@ -187,6 +188,30 @@ def test_a_linear_change_is_undone():
     assert deviation(fitted, gm, doubled()) < 1e-8
 
 
+def test_the_error_that_the_stream_carries_is_compensated():
+    """One in front of the block that its own norm absorbs: the layer's output is right, the sum behind it is not."""
+    gm = captured(zoo.tiny(2), torch.float64)
+    moved = copy_graph(gm)
+    with torch.no_grad():
+        moved.get_parameter("blocks.0.op.out_proj.bias").add_(1.0)
+    fitted = refit_sites(moved, gm, ["blocks.1.op"], data_of(doubled()))
+    bias = gm.get_parameter("blocks.1.op.out_proj.bias")
+    torch.testing.assert_close(fitted.get_parameter("linear_3_refit_bias"), bias - 1.0)
+
+
+@pytest.mark.parametrize("eps", [1e-5, 0.3])
+def test_a_change_of_a_norm_is_undone(eps):
+    model = without_projection()
+    model.blocks[0].op.after.eps = eps
+    gm = captured(model, torch.float64)
+    moved = copy_graph(gm)
+    with torch.no_grad():
+        moved.get_parameter("blocks.0.op.after.weight").mul_(torch.arange(1, 7))
+        moved.get_parameter("blocks.0.op.after.bias").add_(0.5)
+    assert deviation(moved, gm, doubled()) > 1e-3
+    assert deviation(refit_sites(moved, gm, ["blocks.0.op"], data_of(doubled())), gm, doubled()) < 1e-20
+
+
 def test_the_norm_is_refitted_where_no_layer_follows():
     gm = captured(without_projection())
     replaced = mean_scan(copy_graph(gm), ["blocks.0.op"])
@@ -256,6 +281,29 @@ def test_a_plan_from_a_file_needs_data(tmp_path):
 
 
 # -- scoring ----------------------------------------------------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    """Two scans, one layer that reads both out."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.first, self.second = (next(zoo.scanners(zoo.tiny(1, seed=seed, dim=dim))) for seed in (1, 2))
+        self.first.out_proj, self.second.out_proj = nn.Identity(), nn.Identity()
+        self.out_proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_proj(self.first(x) + self.second(x))
+
+
+def test_sites_that_share_a_layer_are_scored_without_it():
+    """Fitted for either of them alone it would be wrong for both."""
+    model = zoo.tiny(2)
+    model.blocks[0].op = Pair(6)
+    gm = captured(model)
+    sites = vmeanba_fx.find_sites(gm)
+    assert [s.name for s in sites] == ["blocks.0.op.first", "blocks.0.op.second", "blocks.1.op"]
+    assert list(refit_each(gm, sites, data_of(), Replacer(gm, sites, "direction"))) == ["blocks.1.op"]
 
 
 @pytest.mark.parametrize("options", [{}, {"reduce": "rank", "rank": 2}], ids=["mean", "rank"])

@@ -261,17 +261,17 @@ def test_export_with_dynamic_batch():
 def test_bad_arguments():
     with pytest.raises(RuntimeError, match="expected input"):  # the model's own error: it does not run on this input
         symbolic_trace(ByGlobal(), torch.zeros(1, 4, 5, 5))
-    with pytest.raises(TypeError, match=r"takes an nn\.Module, not function"):
+    with pytest.raises(SymbolicTraceError, match=r"takes an nn\.Module, not function"):
         symbolic_trace(scan_fn, images())
-    with pytest.raises(TypeError, match="the model is compiled"):
+    with pytest.raises(SymbolicTraceError, match="the model is compiled"):
         symbolic_trace(torch.compile(nn.Identity()), images())
-    with pytest.raises(TypeError, match="needs example inputs"):
+    with pytest.raises(SymbolicTraceError, match="needs example inputs"):
         symbolic_trace(nn.Identity())
-    with pytest.raises(TypeError, match="2 example inputs were given"):
+    with pytest.raises(SymbolicTraceError, match="2 example inputs were given"):
         symbolic_trace(nn.Identity(), images(), images())
-    with pytest.raises(TypeError, match="leaf_functions takes"):
+    with pytest.raises(SymbolicTraceError, match="leaf_functions takes"):
         symbolic_trace(nn.Identity(), images(), leaf_functions=[nn.Linear])
-    with pytest.raises(TypeError, match="leaf_modules takes module classes"):
+    with pytest.raises(SymbolicTraceError, match="leaf_modules takes module classes"):
         symbolic_trace(nn.Identity(), images(), leaf_modules=[scan_fn])
     with pytest.raises(SymbolicTraceError, match="meta device"):
         symbolic_trace(nn.Linear(2, 2, device="meta"), images())

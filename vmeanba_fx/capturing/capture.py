@@ -19,6 +19,7 @@ from torch.export import Dim, ExportedProgram
 
 from ..errors import CaptureError
 from ..graph import (
+    GUARDS,
     SCAN,
     SITE,
     arguments,
@@ -37,7 +38,7 @@ from .copies import device_of, move_to_device, private_copy
 from .discovery import Discovery
 from .emission import emit_scan, module_stack
 from .examples import batch_size, shapes_of, with_batch
-from .guards import drop_implied_bounds, drop_needless_guards, failed_guard
+from .guards import drop_implied_bounds, drop_needless_guards, failed_guard, module_of
 from .intercept import Interception, intercept
 from .registry import ScanCall, is_scan
 
@@ -188,8 +189,7 @@ def _with_free_batch(
     if not symbolic or failed_guard(trace.gm, *with_batch(args, kwargs, 2, 3)):
         return None
     single = with_batch(args, kwargs, 2, 1)
-    trace.gm, guard = drop_needless_guards(trace.program, trace.gm, trace.run, *single)
-    if guard:
+    if guard := drop_needless_guards(trace.program, trace.gm, trace.run, *single):
         trace.notes.append(f"the graph does not run for batch 1: it needs {guard}")
     if dynamic_size and not any(dim > 1 for _, dim in _dynamic_dims(trace.gm)):
         trace.notes.append("the model specialises its height and width: the graph runs for the captured size only")
@@ -202,7 +202,9 @@ def _functional(trace: _Trace) -> fx.GraphModule:
     if not any(mutates(node) for owner in graph_modules(gm) for node in owner.graph.nodes):
         return gm
     try:
-        return _plain(trace.program.run_decompositions({}).module())
+        functional = trace.program.run_decompositions({}).module()
+        setattr(functional, GUARDS, getattr(trace.gm, GUARDS))  # without those that are dropped
+        return _plain(functional)
     except Exception as error:  # whatever torch raises for a graph it cannot retrace
         log.info("in-place operators stay in the graph (%s)", error)
         return gm
@@ -225,7 +227,7 @@ def _plain(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _from_exported(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
-    gm = program.module()
+    gm = module_of(program)
     if not scan_nodes(gm) and not any(str(n.target).startswith("vmeanba_fx") for n in gm.graph.nodes):
         raise CaptureError(
             "the ExportedProgram holds no vmeanba_fx op: its scans were traced into other operators; "
@@ -243,7 +245,7 @@ def reopened(program: ExportedProgram, args: tuple[Any, ...] = (), kwargs: dict[
     """A program as a captured graph, whether it holds ops of ours or none is left; by default with its own inputs."""
     if not args and not kwargs:
         args, kwargs = program.example_inputs or ((), {})
-    gm = program.module()
+    gm = module_of(program)
     return _finish(_plain(gm), CaptureInfo(tuple(args), dict(kwargs or {}), _dynamic_dims(gm)), device_of(gm), [])
 
 
@@ -316,7 +318,7 @@ def _export(
         for name in dict.fromkeys(interception.untried)
     ]
     lookalikes = sorted({*found.lookalikes, *interception.disproved})
-    return _Trace(program, program.module(), run, args, kwargs, refused, lookalikes, notes)
+    return _Trace(program, module_of(program), run, args, kwargs, refused, lookalikes, notes)
 
 
 def _quoted(error: Exception) -> str:

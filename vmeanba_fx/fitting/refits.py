@@ -74,9 +74,8 @@ def later_layers(original: fx.GraphModule, first: fx.Node) -> list[Readout]:
 
 
 def refit_sites(
-    gm: fx.GraphModule, original: fx.GraphModule, sites: Iterable[str], data: Batches, *, how: Refit = True,
-    stream: bool = True,
-) -> fx.GraphModule:  # fmt: skip
+    gm: fx.GraphModule, original: fx.GraphModule, sites: Iterable[str], data: Batches, *, how: Refit = True
+) -> fx.GraphModule:
     """Refit ``gm``, a copy of ``original`` with ``sites`` replaced, in place, and return it.
 
     Layers that several sites share are refitted once. ``gm.meta[REFIT]`` lists what was done.
@@ -87,7 +86,7 @@ def refit_sites(
     if how == "all" and layers:
         for readout in later_layers(original, next(iter(layers))):
             layers.setdefault(readout.layer, ("", readout))
-    refitter = _Refitter(gm, original, data, stream)
+    refitter = _Refitter(gm, original, data)
     for node in original.graph.nodes:
         if node in layers:
             site, readout = layers[node]
@@ -157,13 +156,13 @@ class _Walk:
 class _Refitter:
     """The original graph and the rewritten one side by side over the calibration data."""
 
-    def __init__(self, gm: fx.GraphModule, original: fx.GraphModule, data: Batches, stream: bool) -> None:
-        self.gm, self.data, self.stream = gm, data, stream
+    def __init__(self, gm: fx.GraphModule, original: fx.GraphModule, data: Batches) -> None:
+        self.gm, self.data = gm, data
         self.old, self.new = _Walk(original), _Walk(gm)
 
     def refit(self, readout: Readout) -> float:
         """Refit one layer, given in terms of the original graph; layers come in graph order. Returns the error's share left."""
-        target = readout.stream if self.stream and readout.stream is not None else readout.layer
+        target = readout.layer if readout.stream is None else readout.stream
         nodes = {n.name: n for n in self.gm.graph.nodes}
         layer, found = nodes[readout.layer.name], nodes[target.name]
         self.old.start()

@@ -9,7 +9,8 @@ guard that the graph checks when it runs. Two things a proxy cannot see are ``ty
 sizes; the finished graph is therefore compared with the model on the example inputs.
 """
 
-from .guards import GuardError, SymbolicTraceError, check_guard
+from ..errors import GuardError
+from .guards import SymbolicTraceError, check_guard
 from .leaves import is_scan_signature
 from .trace import symbolic_trace
 

@@ -1,4 +1,4 @@
-"""Errors of the symbolic tracer, and the run-time check of what a trace took for granted."""
+"""The error of the symbolic tracer, and the run-time check of what a trace took for granted."""
 
 from __future__ import annotations
 
@@ -7,15 +7,11 @@ from typing import Any
 from torch import fx
 from torch.fx.node import has_side_effect
 
-from ..errors import VMeanbaError
+from ..errors import GuardError, VMeanbaError
 
 
 class SymbolicTraceError(VMeanbaError, RuntimeError):
     """The model could not be traced into a module-level graph; the message names the module and the operation."""
-
-
-class GuardError(VMeanbaError, RuntimeError):
-    """A traced graph was called with an input for which the model would have taken another way."""
 
 
 @has_side_effect  # fx's dead code elimination must keep a check although nothing uses its result

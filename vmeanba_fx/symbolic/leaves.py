@@ -17,7 +17,7 @@ from torch import nn
 
 from ..capturing.codeswap import CodeSwap, is_original
 from ..capturing.registry import find_spec, looks_like_scan, parameter_names, registered_scans
-from .guards import check_guard
+from .guards import SymbolicTraceError, check_guard
 from .values import run_scan
 
 _APPLY = torch.autograd.Function.__dict__["apply"]
@@ -122,7 +122,7 @@ class LeafFunctions:
         elif isinstance(leaf, type) and issubclass(leaf, torch.autograd.Function):
             self.classes.add(leaf)
         elif not isinstance(leaf, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):  # ops are leaves anyway
-            raise TypeError(
+            raise SymbolicTraceError(
                 f"leaf_functions takes Python functions, autograd.Function classes and torch ops; {leaf!r} is none "
                 "of them. A module class goes into leaf_modules=(...)."
             )

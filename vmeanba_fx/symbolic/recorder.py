@@ -251,5 +251,7 @@ def input_names(model: nn.Module, count: int) -> list[str]:
         elif p.kind is p.VAR_POSITIONAL:
             rest = p.name
     if count > len(positional) and rest is None:
-        raise TypeError(f"forward() takes {len(positional)} positional inputs, but {count} example inputs were given")
+        raise SymbolicTraceError(
+            f"forward() takes {len(positional)} positional inputs, but {count} example inputs were given"
+        )
     return positional[:count] + [f"{rest}_{i}" for i in range(count - len(positional))]

@@ -54,8 +54,8 @@ def symbolic_trace(
         keys, in eval mode: what ``forward`` makes of ``self.training`` is fixed. ``vmeanba_fx.transform`` accepts it.
 
     Raises:
-        SymbolicTraceError: the model cannot be traced; the message names the module and the operation.
-        TypeError: ``model`` is no module, there is no example tensor, or a leaf is of a kind that cannot be one.
+        SymbolicTraceError: the model cannot be traced; the message names the module and the operation. Or ``model`` is no
+            module, there is no example tensor, or a leaf is of a kind that cannot be one.
     """
     leaf_modules = tuple(leaf_modules)
     _check_arguments(model, example_inputs, leaf_modules)
@@ -77,14 +77,14 @@ def symbolic_trace(
 
 def _check_arguments(model: object, example_inputs: tuple[Any, ...], leaf_modules: tuple[object, ...]) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"symbolic_trace takes an nn.Module, not {type(model).__name__}")
+        raise SymbolicTraceError(f"symbolic_trace takes an nn.Module, not {type(model).__name__}")
     if "_orig_mod" in model._modules:
-        raise TypeError("the model is compiled; trace what it was compiled from: symbolic_trace(model._orig_mod, ...)")
+        raise SymbolicTraceError("the model is compiled; trace what it was compiled from: symbolic_trace(model._orig_mod, ...)")
     if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(example_inputs)):
-        raise TypeError("symbolic_trace needs example inputs: symbolic_trace(model, torch.zeros(2, 3, 64, 64))")
+        raise SymbolicTraceError("symbolic_trace needs example inputs: symbolic_trace(model, torch.zeros(2, 3, 64, 64))")
     for leaf in leaf_modules:
         if not (isinstance(leaf, type) and issubclass(leaf, nn.Module)):
-            raise TypeError(f"leaf_modules takes module classes, not {leaf!r}")
+            raise SymbolicTraceError(f"leaf_modules takes module classes, not {leaf!r}")
     if any(p.is_meta for p in model.parameters()):
         raise SymbolicTraceError("the model is on the meta device, where it cannot run on the example inputs")
     input_names(model, len(example_inputs))
