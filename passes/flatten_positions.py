@@ -19,6 +19,8 @@ After (x is the unflattened form of x')::
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import SymInt, Tensor, fx
 
 from vmeanba_fx.graph import Emitter, aten, remove_dead_code, value
@@ -43,7 +45,7 @@ def flatten_positions(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def _operands(node: fx.Node, flat: dict[fx.Node, fx.Node]) -> list[object] | None:
+def _operands(node: fx.Node, flat: dict[fx.Node, fx.Node]) -> list[Any] | None:
     """The maps that ``node`` reads, where it treats their positions alike; None where it does not, or nothing is gained."""
     if node.target is aten.linear.default or (node.target is aten.layer_norm.default and len(node.args[1]) == 1):
         return [node.args[0]]

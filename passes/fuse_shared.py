@@ -73,12 +73,12 @@ def _fuse(gm: fx.GraphModule, scan: fx.Node) -> None:
     N = value(a["C"]).shape[2]
     parts = [emit(aten.slice.Tensor, f, 2, i, j) for i, j in ((0, r), (r + 1, r + 1 + N), (r + 1 + N, r + 1 + 2 * N))]
     delta = emit(aten.select.int, f, 2, r)
-    [A] = evaluate([a["A"]], {}, 1)
+    [decays] = evaluate([a["A"]], {}, 1)
     if a["delta_bias"] is not None:
         step += evaluate([a["delta_bias"]], {}, 1)[0]
     one = r == 1 and bool((V - 1.0).abs().max() <= 1e-12)
     order = None if cross.directions else make_buffer(gm, emit, site, "order", cross.order, cross, torch.int32)
-    A = make_buffer(gm, emit, site, "A", A, cross, torch.float32)
+    A = make_buffer(gm, emit, site, "A", decays, cross, torch.float32)
     dt_bias = make_buffer(gm, emit, site, "dt_bias", step, cross, torch.float32)
     yr = emit(
         torch.ops.vmeanba_fx.shared_scan2d.default, parts[0], delta, A, *parts[1:], dt_bias, list(cross.directions), order,

@@ -79,13 +79,13 @@ def _core(
 ) -> fx.Node:  # fmt: skip
     dt_weight = make_buffer(gm, emit, site, "dt_proj", weights.dt_weight, cross)
     # -exp(A_log) and the like are worked out here, once.
-    [A] = evaluate([a["A"]], {}, 1)
-    bias = weights.dt_offset
+    [decays] = evaluate([a["A"]], {}, 1)
+    shift = weights.dt_offset
     if a["delta_bias"] is not None:
         [given] = evaluate([a["delta_bias"]], {}, 1)
-        bias = given if bias is None else given + bias
-    A = make_buffer(gm, emit, site, "A", A, cross, torch.float32)
-    bias = None if bias is None else make_buffer(gm, emit, site, "dt_bias", bias, cross, torch.float32)
+        shift = given if shift is None else given + shift
+    A = make_buffer(gm, emit, site, "A", decays, cross, torch.float32)
+    bias = None if shift is None else make_buffer(gm, emit, site, "dt_bias", shift, cross, torch.float32)
     skip = None if merge.skip is None else make_buffer(gm, emit, site, "D", merge.skip, cross, torch.float32)
     order = None
     if not cross.directions:

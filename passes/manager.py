@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -54,7 +55,7 @@ def run_passes(
     *,
     skip: str | Iterable[str] = (),
     verify_args: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
-    dump: str | Path | None = None,
+    dump: str | os.PathLike[str] | None = None,
 ) -> tuple[fx.GraphModule, list[PassRecord]]:
     """Run ``passes`` over ``gm`` in order.
 

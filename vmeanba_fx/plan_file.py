@@ -63,7 +63,8 @@ def plan_fields(d: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("site names are missing or not unique")
     lists = {name: _numbers(d, name) for name in ("scores", "tiebreaks", "estimates")}
     intervals = [_pair(pair) for pair in _typed(d, "intervals", list)]
-    for name, values in {**lists, "intervals": intervals}.items():
+    per_site: dict[str, list[Any]] = {**lists, "intervals": intervals}
+    for name, values in per_site.items():
         if len(values) not in (0, len(sites)):
             raise ValueError(f"{len(values)} {name} for {len(sites)} sites")
     apart = _typed(d, "apart", list)

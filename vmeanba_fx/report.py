@@ -74,8 +74,9 @@ class Report:
         cleaned = any(r.name == "drop_annihilated" for r in records)
         after = sum(s.flops() if s.name not in chosen else plan.flops_replaced(s, cleaned) for s in plan.sites)
         before = sum(s.flops() for s in plan.sites)
-        by_drop = max_drop is not None and plan.curve is not None
-        judgement = judged(plan, plan.curve, len(chosen), max_drop) if by_drop else ""
+        judgement = ""
+        if max_drop is not None and plan.curve is not None:
+            judgement = judged(plan, plan.curve, len(chosen), max_drop)
         return cls(
             tuple(chosen), plan.metric, plan.base, impacts, plan.mean, before, after, tuple(records), plan.table(chosen),
             {name: plan.fits[name].rank for name in chosen if name in plan.fits}, tuple(map(str, refitted)),
@@ -125,7 +126,8 @@ class Report:
         for name, ok in _FIELDS.items():
             if not ok(d[name]) if name in d else name in _NEEDED:
                 raise ValueError(f"a report whose {name} is {repr(d.get(name))[:80]}")
-        known = {name: tuple(d[name]) if isinstance(d[name], list) else d[name] for name in _FIELDS if name in d}
+        given = {name: d[name] for name in _FIELDS if name in d}
+        known: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
         known["passes"] = tuple(PassRecord(**record) for record in d["passes"])
         if known.get("speed") is not None:
             known["speed"] = Speed(**known["speed"])

@@ -142,8 +142,8 @@ def find_pointwise(scan: CrossScan, features: list[fx.Node], u: fx.Node) -> tupl
     expected = torch.einsum("kfd,bkdl->bkfl", weight, xs) + shift[..., None]
     found = evaluate([u, *features], {scan.source: scan.to_source(x)}, rows.batch)
     _require_equal(xs.reshape(found[0].shape), found[0], f"{u.name} mixes images")
-    found = torch.cat([t.reshape(rows.batch, scan.groups, -1, scan.length) for t in found[1:]], dim=2)
-    _require_equal(expected, found, "what the scan reads is no pointwise projection of the un-scanned map")
+    read = torch.cat([t.reshape(rows.batch, scan.groups, -1, scan.length) for t in found[1:]], dim=2)
+    _require_equal(expected, read, "what the scan reads is no pointwise projection of the un-scanned map")
     return weight, shift
 
 

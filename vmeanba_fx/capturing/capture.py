@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.utils._pytree as pytree
@@ -72,7 +72,7 @@ class CaptureInfo:
         return any(dim == 0 for _, dim in self.dynamic)
 
 
-def is_captured(model: object) -> bool:
+def is_captured(model: object) -> TypeGuard[fx.GraphModule]:
     """Whether ``model`` is a graph that :func:`capture` made."""
     return isinstance(model, fx.GraphModule) and _META in model.meta
 

@@ -11,7 +11,7 @@ import functools
 import sys
 import types
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -190,5 +190,5 @@ def _argument_count(fn: types.FunctionType) -> int:
     return code.co_argcount + code.co_kwonlyargcount
 
 
-def _is_autograd_function(obj: object) -> bool:
+def _is_autograd_function(obj: object) -> TypeGuard[type]:
     return isinstance(obj, type) and issubclass(obj, torch.autograd.Function)

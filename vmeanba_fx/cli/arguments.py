@@ -126,6 +126,7 @@ class ModelSpec:
                 raise CommandError(f"--model: {path}: no such file")
             _search_first(path.resolve().parent)
             spec = importlib.util.spec_from_file_location(path.stem, path)
+            assert spec is not None and spec.loader is not None, "a .py file has a loader"
             module = importlib.util.module_from_spec(spec)
             sys.modules.setdefault(path.stem, module)
             spec.loader.exec_module(module)

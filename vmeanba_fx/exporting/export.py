@@ -114,16 +114,12 @@ def export(
             written, or a file that computes something else. Nothing is left behind, an old file stays as it was.
     """
     check_target(path, format)
-    if not is_captured(gm):
-        if example_inputs is None:
-            raise ExportError("example_inputs are needed to export a model that vmeanba_fx did not capture")
-        args, kwargs = _as_inputs(example_inputs)
-        gm = capture(gm, args, kwargs)
-    args, kwargs = _inputs(gm, example_inputs)
-    _refuse_dynamic_size(gm, format)
-    extra = _extra(gm)
+    graph = gm if is_captured(gm) else _captured(gm, example_inputs)
+    args, kwargs = _inputs(graph, example_inputs)
+    _refuse_dynamic_size(graph, format)
+    extra = _extra(graph)
     with _new_file(Path(path).resolve()) as name:
-        program = _program(gm, args, kwargs, FORMS.get(format))
+        program = _program(graph, args, kwargs, FORMS.get(format))
         try:
             with warnings.catch_warnings(), torch.no_grad():  # with gradients, torch gives loops further results
                 warnings.simplefilter("ignore")
@@ -132,9 +128,9 @@ def export(
             raise
         except Exception as error:  # exporters and compilers raise whatever they like
             raise ExportError(f"the {format} file could not be made: {_sentence(error)}") from error
-        batches, worst = _verify(gm, run, args, kwargs, format)
+        batches, worst = _verify(graph, run, args, kwargs, format)
         size = os.path.getsize(name)
-    return Exported(os.fspath(path), format, size, batches, capture_info(gm).batch_dynamic, worst)
+    return Exported(os.fspath(path), format, size, batches, capture_info(graph).batch_dynamic, worst)
 
 
 @one_at_a_time
@@ -233,6 +229,12 @@ def _as_inputs(inputs: Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any])
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return ((inputs,) if isinstance(inputs, Tensor) else tuple(inputs)), {}
+
+
+def _captured(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
+    if example_inputs is None:
+        raise ExportError("example_inputs are needed to export a model that vmeanba_fx did not capture")
+    return capture(model, *_as_inputs(example_inputs))
 
 
 def _inputs(gm: fx.GraphModule, given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -131,7 +131,7 @@ class _SiteRows:
         weightings = [
             Weighting.of(self.channels, project=self.site.annihilated, device=sums.halves.device, weights=G) for G in weights
         ]
-        options = {"weightings": weightings, "skip": self.skip}
+        options: dict[str, Any] = {"weightings": weightings, "skip": self.skip}
         rank = reduction.rank
         if rank == "auto":
             rank = auto_rank(sums, self.layout, reduction.energy, **options)

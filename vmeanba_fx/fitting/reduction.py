@@ -27,7 +27,7 @@ class Reduction:
 
     @classmethod
     def of(
-        cls, reduce: str, rank: int | str | None = None, energy: float | None = None, fit: str | None = None
+        cls, reduce: str, rank: int | str | None = None, energy: float | None = None, fit: Fit | None = None
     ) -> Reduction:
         """A checked reduction.
 

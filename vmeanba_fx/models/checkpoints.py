@@ -10,8 +10,9 @@ import fnmatch
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from ..errors import VMeanbaError
 from ..tensor_files import read_safetensors, read_torch
 
+Model = TypeVar("Model", bound=nn.Module)
 CONTAINERS = ("model", "state_dict", "model_ema")
 # Names of older releases -> names of the current one.
 RENAMES = (
@@ -49,7 +51,7 @@ def read_checkpoint(path: str | Path, key: str | None = None) -> dict[str, Tenso
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
     if path.suffix == ".safetensors":
-        content: object = _guarded(path, lambda: read_safetensors(path))
+        content = _guarded(path, lambda: read_safetensors(path))
     else:
         content = _guarded(path, lambda: _read_torch(path))
     if not isinstance(content, Mapping):
@@ -78,7 +80,7 @@ def _read_torch(path: Path) -> object:
         return read_torch(file)
 
 
-def _guarded(path: Path, read) -> object:
+def _guarded(path: Path, read: Callable[[], Any]) -> Any:
     """`read()` with every way a file can be broken turned into one sentence."""
     try:
         return read()
@@ -124,7 +126,7 @@ def _fit(name: str, value: Tensor, wanted: Tensor) -> Tensor:
     return value
 
 
-def load_checkpoint(model: nn.Module, path: str | Path, *, key: str | None = None, ignore: Iterable[str] = ()) -> nn.Module:
+def load_checkpoint(model: Model, path: str | Path, *, key: str | None = None, ignore: Iterable[str] = ()) -> Model:
     """Loads the weights in `path` into `model` (strictly) and returns the model.
 
     ignore: key patterns such as "classifier.*" that may be missing from the file or be left over in it; a pattern that

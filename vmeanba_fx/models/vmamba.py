@@ -34,7 +34,7 @@ def _sequential(**modules: nn.Module) -> nn.Sequential:
 def _patch_embed(in_chans: int, dim: int, patch_size: int, norm: bool, channel_first: bool, version: str) -> nn.Module:
     """(B, in_chans, H, W) -> about H/patch_size x W/patch_size; v1 is one convolution, v2 two overlapping ones."""
     if norm:
-        out = LayerNorm(dim, channel_first=True, out_channel_first=channel_first)
+        out: nn.Module = LayerNorm(dim, channel_first=True, out_channel_first=channel_first)
     else:
         out = nn.Identity() if channel_first else Permute(0, 2, 3, 1)
     if version == "v1":

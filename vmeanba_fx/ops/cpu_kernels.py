@@ -17,6 +17,7 @@ The kernels of the scans whose channels share a decay are in `cpu_shared`.
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numba import cfunc, njit, types
@@ -293,7 +294,7 @@ def compiled(kernel: Callable[[int], None]) -> Callable[[int], None]:
     It is compiled once for each machine, where there is a folder to keep it in: beside this file, or the user's cache.
     """
     signature = types.void(types.int64)
-    options = {"nogil": True, "error_model": "numpy"}
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     try:
         return cfunc(signature, cache=True, **options)(kernel).ctypes
     except RuntimeError:  # no such folder

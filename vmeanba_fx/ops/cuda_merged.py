@@ -49,7 +49,7 @@ def choose(problem: Problem, baked: bool, shared_limit: int) -> MergedPlan | Non
 @lru_cache(maxsize=512)
 def kernel(problem: Problem, plan: MergedPlan, out_type: int, device: int) -> cuda_runtime.Kernel:
     u, delta, B, C = problem.types
-    macros = (
+    macros: cuda_runtime.Macros = (
         *zip(("U_TYPE", "DELTA_TYPE", "B_TYPE", "C_TYPE", "OUT_TYPE"), (u, delta, B, C, out_type), strict=True),
         ("HEIGHT", problem.height),
         ("WIDTH", problem.width),

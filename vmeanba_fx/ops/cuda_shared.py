@@ -214,7 +214,7 @@ def _bake(*sizes) -> bool:
 @lru_cache(maxsize=512)
 def _kernel(problem: Problem, plan: Plan, out_type: int, device: int):
     u, delta, B, C = problem.types
-    macros = (
+    macros: cuda_runtime.Macros = (
         *zip(("U_TYPE", "DELTA_TYPE", "B_TYPE", "C_TYPE", "OUT_TYPE"), (u, delta, B, C, out_type), strict=True),
         ("LINEAR", int(problem.linear)),
         ("TABLE", int(problem.table)),

@@ -112,7 +112,7 @@ def _padding_is_readable(feats: Tensor) -> bool:
 def _loads_cover_records(feats: Tensor, words: int) -> bool:
     """Whether loads of so many 4-byte words are aligned and may cover each record."""
     batch, directions, count, height, width = feats.shape
-    strides = (feats.stride(0) if batch > 1 else 0, feats.stride(1) if directions > 1 else 0)
+    strides: tuple[int, ...] = (feats.stride(0) if batch > 1 else 0, feats.stride(1) if directions > 1 else 0)
     strides += (_position_stride(feats) if height * width > 1 else 0,)
     if feats.stride(2) != 1 or any(stride % (2 * words) for stride in strides) or feats.data_ptr() % (4 * words):
         return False

@@ -9,7 +9,6 @@ decay of exactly zero, a decay above one and a sequence of 65,536 steps are all 
                that an element has absorbed doubles (1, 2, 4, ... W), then blocks of W steps follow one another.
 """
 
-from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -18,9 +17,10 @@ from torch import Tensor
 # Found by timing: a block step on fewer elements is dominated by the cost of the call, and so is a row of fewer steps.
 _BLOCK_ELEMENTS = 8192
 _SHORTEST_WINDOW = 32
+Steps = list[Tensor] | tuple[Tensor, ...]
 
 
-def scan_steps_(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
+def scan_steps_(a: Steps, b: Steps) -> None:
     """Run the recurrence in place, b[t] becoming h_t, from h_{-1} = 0: `a`, `b` hold one tensor per step."""
     if len(b) < 2:
         return
@@ -55,7 +55,8 @@ def scan_rows(a: Tensor, b: Tensor, *, spoil: bool = False, reverse: bool = Fals
     """
     length = b.shape[-1]
     window = _window(length, b.numel() // max(length, 1))
-    free_a, free_b = [], []
+    free_a: list[Tensor] = []
+    free_b: list[Tensor] = []
 
     def replace(old: Tensor, free: list[Tensor]) -> Tensor:
         new = free.pop() if free else torch.empty(old.shape, dtype=old.dtype, device=old.device)

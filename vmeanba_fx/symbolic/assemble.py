@@ -47,8 +47,9 @@ def _fill(into: nn.Module, model: nn.Module, path: str, kept: set[str]) -> None:
         if below in kept:
             into.add_module(name, child)
         elif _is_needed(child, below, kept):
-            into.add_module(name, nn.Module())
-            _fill(into._modules[name], child, below, kept)
+            empty = nn.Module()
+            into.add_module(name, empty)
+            _fill(empty, child, below, kept)
 
 
 def _is_needed(module: nn.Module, path: str, kept: set[str]) -> bool:
@@ -61,7 +62,9 @@ def _is_needed(module: nn.Module, path: str, kept: set[str]) -> bool:
 def _module_at(root: nn.Module, path: str) -> nn.Module:
     """The module at ``path``, made of empty modules where there is none."""
     for name in path.split(".") if path else ():
-        if name not in root._modules:
-            root.add_module(name, nn.Module())
-        root = root._modules[name]
+        below = root._modules.get(name)
+        if below is None:
+            below = nn.Module()
+            root.add_module(name, below)
+        root = below
     return root
