@@ -21,6 +21,7 @@ import copy
 import csv
 import fcntl
 import json
+import os
 import re
 import sys
 import tempfile
@@ -29,6 +30,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a process that has asked CUDA itself cannot be forked
 
 import torch
 from tabulate import tabulate

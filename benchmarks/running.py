@@ -23,9 +23,8 @@ class Jobs:
     """Work in processes of its own, ``count`` at a time; forked, so that they share what is built. 1: in this process."""
 
     def __init__(self, count: int) -> None:
-        if count > 1:  # a process that is forked must have neither threads of OpenMP nor, for asking after a card, CUDA
+        if count > 1:  # a process that is forked must not have threads of OpenMP
             torch.set_num_threads(1)
-            os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         self.count = count
         self.running: list[multiprocessing.Process] = []
 
