@@ -1,6 +1,6 @@
 """Compact tables of what end_to_end.py measured: times, speed-ups over the official model, and peak memory.
 
-    python benchmarks/summary.py benchmarks/results/end_to_end_NVIDIA-H200_torch2.11.0_2026-11-27.csv
+    python benchmarks/summary.py benchmarks/results/end_to_end_NVIDIA-H100-80GB-HBM3_torch2.11.0.csv
 
 Writes them beside the CSV, as ``*_summary.md``.
 """
