@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from torch import fx
 from torch.fx.node import has_side_effect
 
@@ -35,11 +36,16 @@ def check_guard(value: Any, expected: Any, where: str) -> None:
     else:
         same = bool(value == expected)
     if not same:
-        raise GuardError(
-            f"this graph does not hold for this input. {where} was {expected!r} when the graph was traced and is "
-            f"{value!r} now, so the model would take another way. Trace again with an input like this one, or use "
-            "vmeanba_fx.capture, which follows the model through torch.export."
-        )
+        _refuse(value, expected, where)
+
+
+@torch.compiler.disable  # PyTorch 2.11 cannot raise an error in what it compiles after a branch on data
+def _refuse(value: Any, expected: Any, where: str) -> NoReturn:
+    raise GuardError(
+        f"this graph does not hold for this input. {where} was {expected!r} when the graph was traced and is {value!r} now, so "
+        "the model would take another way. Trace again with an input like this one, or use vmeanba_fx.capture, which follows "
+        "the model through torch.export."
+    )
 
 
 # Printed graphs call it by the public path, which stays valid when files move.
