@@ -60,10 +60,12 @@ def test_quickstart(tmp_path):
 def test_fashion_mnist_names_what_is_missing(tmp_path):
     weights = tmp_path / "weights.safetensors"
     done = example("fashion_mnist.py", tmp_path, "--weights", weights)
-    assert done.returncode == 1 and done.stderr == f"fashion_mnist.py: {weights}: no such checkpoint file\n"
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    # The last line: PyTorch may warn before it.
+    assert done.stderr.splitlines()[-1] == f"fashion_mnist.py: {weights}: no such checkpoint file"
     save_checkpoint(vmamba_fashion_v05(), weights)
     done = example("fashion_mnist.py", tmp_path, "--weights", weights)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "dataset-fashion-mnist" in done.stderr and str(tmp_path) in done.stderr
 
 
