@@ -8,8 +8,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-# Two processes of one thread each: more threads on few cores only wait for one another.
-PYTEST_ARGS ?= -n 2
+# Two processes of one thread each: more threads on few cores only wait for one another. Who is done takes tests of the other.
+PYTEST_ARGS ?= -n 2 --dist worksteal
 
 bin   := $(VENV)/bin
 stamp := $(VENV)/.installed

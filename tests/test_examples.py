@@ -38,7 +38,7 @@ def rows(output, first):
     return [line.split() for line in output.splitlines() if line.startswith(first)]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=90)
 def test_quickstart(tmp_path):
     pytest.importorskip("sklearn")
     out = tmp_path / "digits.pt2"

@@ -86,7 +86,7 @@ def scripts(monkeypatch):
         del sys.modules[name]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=40)
 def test_paper_scripts(scripts, tmp_path):
     """Every experiment on a few digits: files with provenance, tables and plots."""
     quick = ["--quick", "--device", "cpu", "--out", tmp_path]

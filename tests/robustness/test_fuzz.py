@@ -146,7 +146,7 @@ def check(spec, data):
             print(f"refused: {error}")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=200)
 def test_rewritten_networks_are_right_or_refused():
     seen.clear()
     check()

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import pickle
 import random
 
@@ -81,6 +82,18 @@ def test_scan_is_one_node_however_it_is_referenced(name):
     assert not calls_of(gm, torch.exp), "the scan was traced into"
     for batch, height, width in ((1, 4, 6), (5, 4, 6), (2, 3, 3), (2, 1, 9)):
         assert_equal(gm, model, images(batch, height, width, seed=batch))
+
+
+def test_a_program_may_have_frozen_its_objects():
+    """`gc.get_objects` does not list what servers freeze before they fork; the scans are among it."""
+    make, target = REFERENCES["module global"]
+    gc.freeze()
+    try:
+        gm = symbolic_trace(make().eval(), images())
+        frozen = gc.get_freeze_count()
+    finally:
+        gc.unfreeze()
+    assert frozen > 0 and calls_of(gm, target) and not calls_of(gm, torch.exp)
 
 
 def test_several_scans_keep_order_and_count():

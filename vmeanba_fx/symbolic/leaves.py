@@ -60,7 +60,7 @@ def loaded_scan_functions() -> set[types.FunctionType]:
     """Every scan function that exists in this process: global, method, closure, or held by nothing but an attribute."""
     found = {spec.target for spec in registered_scans().values() if isinstance(spec.target, types.FunctionType)}
     verdicts: dict[tuple[str, ...], bool] = {}  # there are tens of thousands of functions, and few signatures
-    for fn in [obj for obj in gc.get_objects() if type(obj) is types.FunctionType]:
+    for fn in _functions():
         names = _positional_names(fn)
         if len(names) < 5 or names[0] == "ctx":  # a Function's forward is reached through `apply`
             continue
@@ -70,6 +70,18 @@ def loaded_scan_functions() -> set[types.FunctionType]:
         if verdicts[names] and not is_original(fn) and not _is_internal(fn):
             found.add(fn)
     return found
+
+
+def _functions() -> list[types.FunctionType]:
+    """Every function of this process, those included that ``gc.freeze()`` keeps from being listed."""
+    frozen = gc.get_freeze_count() > 0
+    if frozen:
+        gc.unfreeze()
+    try:
+        return [obj for obj in gc.get_objects() if type(obj) is types.FunctionType]
+    finally:
+        if frozen:
+            gc.freeze()
 
 
 def _positional_names(fn: types.FunctionType) -> tuple[str, ...]:
