@@ -23,6 +23,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(cpu, "_TRANSPOSED_BUDGET", 100)
     monkeypatch.setattr(backward, "_BUDGET", 50)
     monkeypatch.setattr(compose, "_BUDGET", 50)
+    monkeypatch.setattr(compose, "_BACKWARD_BUDGET", 50)
 
 
 @pytest.fixture(autouse=True)

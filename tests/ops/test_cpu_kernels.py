@@ -227,6 +227,39 @@ def test_memory_of_the_process(kind, dtype):
     assert peaks.keys() == bounds.keys() and all(peaks[name] <= bounds[name] for name in peaks), peaks
 
 
+BACKWARD = """
+import sys, torch, vmeanba_fx
+from tests.ops import problems
+torch.set_num_threads(2)
+arguments = problems.ss2d(8, [0, 1, 2, 3], 96, 6, 1, 56, 56, getattr(torch, sys.argv[2]))
+x = arguments["x"]
+def status(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
+def run(maps):
+    given = {name: t[:maps] if name in ("x", "feats") else t for name, t in arguments.items()}
+    given = [grad[:maps], *(given[name] for name in ("x", "feats", "dt_weight", "A", "D", "delta_bias"))]
+    return given, torch.ops.vmeanba_fx.ss2d_backward.default(*given, [0, 1, 2, 3], None, True)
+with torch.inference_mode():
+    grad = torch.ones_like(x)
+    run(1)
+    open("/proc/self/clear_refs", "w").write("5")
+    before = status("VmRSS")
+    given, made = run(8)
+    grown = status("VmHWM") - before
+given, made = (sum(t.nbytes for t in tensors) for tensors in (given, made))
+print((given + grown) / (given + made))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="measures with Linux' /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_of_a_backward(dtype):
+    """Of ss2d at the first stage of VMamba-T, eight images of 224 px: inputs, gradients and what is allocated meanwhile."""
+    peak = float(in_process(BACKWARD.replace("sys.argv[2]", repr(dtype)), MALLOC_MMAP_THRESHOLD_="65536"))
+    assert peak <= 2.0
+
+
 RUN = """
 import sys, torch, vmeanba_fx
 from tests.ops import problems, test_cpu_kernels

@@ -17,6 +17,7 @@ _ops = torch.ops.vmeanba_fx
 
 # Elements of one tensor in scan order, (batch block, K, channels, L).
 _BUDGET = 1 << 20
+_BACKWARD_BUDGET = 1 << 17  # about a dozen such tensors are in use; larger ones are no faster
 
 
 def shared_scan2d(u, delta, A, B, C, delta_bias, directions, order, delta_softplus, merge, out_dtype=None):
@@ -30,7 +31,7 @@ def shared_scan2d(u, delta, A, B, C, delta_bias, directions, order, delta_softpl
     scan_order = ScanOrder(directions, order, height, width)
     shape = (batch, R, height, width) if merge else (batch, K, R, height, width)
     out = torch.empty(shape, dtype=out_dtype or u.dtype, device=u.device)
-    for now in _batch_blocks(batch, K * (R + 2 * A.shape[1]) * height * width):
+    for now in _batch_blocks(batch, K * (R + 2 * A.shape[1]) * height * width, _BUDGET):
         inputs = (_read(scan_order, maps[now], dtype) for maps in (u, delta[:, :, None], B, C))
         u_rows, delta_rows, B_rows, C_rows = inputs
         y = _ops.shared_scan.default(u_rows, delta_rows[:, :, 0], A, B_rows, C_rows, delta_bias, delta_softplus, dtype)
@@ -48,7 +49,7 @@ def shared_scan2d_backward(grad, u, delta, A, B, C, delta_bias, directions, orde
     du, ddelta, dB, dC = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (u, delta, B, C))
     dA, bias = torch.zeros(A.shape, dtype=dtype, device=A.device), None if delta_bias is None else delta_bias.to(dtype)
     dbias = torch.zeros(0 if bias is None else K, dtype=dtype, device=A.device)
-    for now in _batch_blocks(batch, K * cost):
+    for now in _batch_blocks(batch, K * cost, _BUDGET):
         du_sum = None if u_groups == K else torch.zeros(u[now, 0].shape, dtype=dtype, device=u.device)
         for some in blocks(K, max(1, _BUDGET // cost)):
             scan_order = ScanOrder(directions[some], None if order is None else order[some], height, width)
@@ -84,9 +85,9 @@ def ss2d(x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplu
     K, dtype = feats.shape[1], compute_dtype(x)
     scan_order = ScanOrder(directions, order, height, width)
     A, bias = A.unflatten(0, (K, channels)), None if delta_bias is None else delta_bias.unflatten(0, (K, channels))
-    for now in _batch_blocks(batch, K * channels * height * width):
+    for now in _batch_blocks(batch, K * channels * height * width, _BUDGET):
         features = _read(scan_order, feats[now], dtype)
-        for some in _channel_blocks(x, K):
+        for some in _channel_blocks(x, K, _BUDGET):
             inputs = _ss2d_inputs(x[now, some], features, dt_weight[:, some], A[:, some], scan_order)
             shift = None if bias is None else bias[:, some].flatten()
             y = _ops.selective_scan.default(*inputs, None, None, shift, delta_softplus, dtype)
@@ -106,10 +107,10 @@ def ss2d_backward(grad, x, feats, dt_weight, A, D, delta_bias, directions, order
     dweight, dA = torch.zeros_like(weight), torch.zeros_like(decay)
     dD = torch.zeros(0 if D is None else channels, dtype=dtype, device=x.device)
     dbias = torch.zeros((0, 0) if delta_bias is None else (K, channels), dtype=dtype, device=x.device)
-    for now in _batch_blocks(batch, K * channels * height * width):
+    for now in _batch_blocks(batch, K * channels * height * width, _BACKWARD_BUDGET):
         features = _read(scan_order, feats[now], dtype)
         dfeatures = torch.zeros_like(features)
-        for some in _channel_blocks(x, K):
+        for some in _channel_blocks(x, K, _BACKWARD_BUDGET):
             inputs = _ss2d_inputs(x[now, some], features, weight[:, some], decay[:, some], scan_order)
             g = grad[now, some].to(dtype)
             dy = _read(scan_order, g[:, None], dtype).flatten(1, 2)
@@ -171,12 +172,12 @@ def _merged(scan_order: ScanOrder, rows: Tensor) -> Tensor:
     return total
 
 
-def _batch_blocks(batch: int, cost: int):
-    return blocks(batch, max(1, _BUDGET // max(1, cost)))
+def _batch_blocks(batch: int, cost: int, budget: int):
+    return blocks(batch, max(1, budget // max(1, cost)))
 
 
-def _channel_blocks(x: Tensor, K: int):
-    return blocks(x.shape[1], max(1, _BUDGET // (K * x.shape[2] * x.shape[3])))
+def _channel_blocks(x: Tensor, K: int, budget: int):
+    return blocks(x.shape[1], max(1, budget // (K * x.shape[2] * x.shape[3])))
 
 
 for _op in (shared_scan2d, shared_scan2d_backward, ss2d, ss2d_backward):
