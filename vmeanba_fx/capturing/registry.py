@@ -9,6 +9,7 @@ is ``z`` in one place and ``delta_bias`` in the next. :mod:`.families` registers
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -157,12 +158,15 @@ def registered_scans() -> dict[str, ScanSpec]:
 
 def parameter_names(fn: Callable[..., Any]) -> tuple[str, ...]:
     """Names of the parameters of ``fn`` without ``ctx``/``self`` and without ``*args``/``**kwargs``; () if unreadable."""
-    try:
-        parameters = inspect.signature(fn).parameters.values()
-    except (TypeError, ValueError):
-        return ()
-    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return tuple(names[1:] if names[:1] in (["ctx"], ["self"]) else names)
+    if isinstance(fn, types.FunctionType) and not fn.__dict__:  # not wrapped: what inspect would read, at once
+        names = fn.__code__.co_varnames[: fn.__code__.co_argcount + fn.__code__.co_kwonlyargcount]
+    else:
+        try:
+            parameters = inspect.signature(fn).parameters.values()
+        except (TypeError, ValueError):
+            return ()
+        names = tuple(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+    return names[1:] if names[:1] in (("ctx",), ("self",)) else names
 
 
 def find_spec(fn: object, parameters: tuple[str, ...]) -> ScanSpec | None:
