@@ -13,7 +13,7 @@ from tests.helpers import relative_error
 from vmeanba_fx import CalibrationError, PlanError
 from vmeanba_fx.calibration.batches import Batches
 from vmeanba_fx.calibration.replacing import Replacer
-from vmeanba_fx.fitting.refits import REFIT, refit_each, refit_sites
+from vmeanba_fx.fitting.refits import REFIT, _Walk, refit_each, refit_sites
 from vmeanba_fx.graph import copy_graph, scan_nodes
 
 LOADER = zoo.labelled(3, 6)
@@ -132,6 +132,13 @@ def without_projection(after: nn.Module | None = None) -> nn.Module:
     return model
 
 
+def read_by_a_norm(_depth: int = 2, eps: float = 0.3) -> nn.Module:
+    """Of the first site, whose norm is not one of PyTorch's defaults."""
+    model = without_projection()
+    model.blocks[0].op.after.eps = eps
+    return model
+
+
 def test_where_no_layer_follows_the_norm_is_found_or_a_reason():
     found = readout_of(without_projection())
     assert isinstance(found, Readout) and found.is_norm
@@ -201,9 +208,7 @@ def test_the_error_that_the_stream_carries_is_compensated():
 
 @pytest.mark.parametrize("eps", [1e-5, 0.3])
 def test_a_change_of_a_norm_is_undone(eps):
-    model = without_projection()
-    model.blocks[0].op.after.eps = eps
-    gm = captured(model, torch.float64)
+    gm = captured(read_by_a_norm(eps=eps), torch.float64)
     moved = copy_graph(gm)
     with torch.no_grad():
         moved.get_parameter("blocks.0.op.after.weight").mul_(torch.arange(1, 7))
@@ -252,6 +257,18 @@ def test_values_kept_between_layers_change_nothing(monkeypatch):
         assert other.meta[REFIT] == results[0].meta[REFIT]
         for a, b in zip(results[0].state_dict().values(), other.state_dict().values(), strict=True):
             assert torch.equal(a, b)
+
+
+def test_what_is_kept_counts():
+    gm = captured(zoo.tiny(1))
+    walk, layer = _Walk(gm), find_readout(scan_nodes(gm)[0][1]).layer
+    walk.start()
+    first, second = (walk.stop(layer, index, batch) for index, batch in enumerate(data_of(LOADER[:2]).sweep()))
+    room = walk.keep(0, first, 1 << 20)
+    assert 0 < room < 1 << 20
+    assert walk.keep(1, second, (1 << 20) - room - 1) == (1 << 20) - room - 1  # as large as the first: it stays out
+    walk.finish(layer)
+    assert walk.stop(layer, 0, None) is first
 
 
 @pytest.mark.parametrize("how, later", [("sites", []), ("all", ["linear_5", "linear_6"])])
@@ -307,7 +324,7 @@ def test_sites_that_share_a_layer_are_scored_without_it():
 
 
 @pytest.mark.parametrize("options", [{}, {"reduce": "rank", "rank": 2}], ids=["mean", "rank"])
-@pytest.mark.parametrize("build", [zoo.tiny, zoo.live])
+@pytest.mark.parametrize("build", [zoo.tiny, zoo.live, read_by_a_norm])
 def test_sites_are_scored_as_they_are_applied(build, options):
     plan = vmeanba_fx.calibrate(build(2), LOADER, metric="loss", refitted=True, progress=False, **options)
     plain = vmeanba_fx.calibrate(build(2), LOADER, metric="loss", progress=False, **options)
