@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from vmeanba_fx.analysis.evaluate import is_parameter_only
 from vmeanba_fx.analysis.regions import is_annihilated, is_linear_in
 from vmeanba_fx.graph import SITE, Emitter, aten, graph_modules, remove_dead_code, value
 
@@ -64,13 +65,17 @@ def _leave_out(zero: fx.Node) -> None:
 
 
 def _put_zeros(graph: fx.Graph, broadcast: fx.Node) -> None:
-    """What has no sum to be left out of reads zeros, in the shape of the scan's input and not of its output."""
+    """What has no sum to be left out of reads zeros, in the shape of the scan's input and not of its output.
+
+    A weight may have that shape by chance, but not at another batch size.
+    """
     shape = value(broadcast).shape
     before = {broadcast}
     for node in reversed(list(graph.nodes)):
         if node in before:
             before.update(node.all_input_nodes)
-    source = next(n for n in graph.nodes if n in before and getattr(value(n), "shape", None) == shape)
+    varying = (n for n in graph.nodes if n in before and not is_parameter_only(n))
+    source = next(n for n in varying if getattr(value(n), "shape", None) == shape)
     if source is not broadcast:
         users = list(broadcast.users)
         zeros = Emitter(graph, broadcast.next, NAME, like=broadcast)(

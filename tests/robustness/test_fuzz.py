@@ -35,8 +35,8 @@ MEANS = ("direction", "all", "input")
 # as it is with its weights off by one rounding, whichever is more: a LayerNorm over a few channels blows up what comes in.
 MARGIN = 8
 # A graph in half precision that is run in float64 may err by this share of what weights off by one rounding make (passes
-# store products of weights anew): 0.01 was seen.
-STORED = 0.05
+# store sums and products of weights anew, each off by up to half a rounding): 0.15 was seen, where few weights count.
+STORED = 0.5
 HALF = torch.bfloat16
 seen: Counter[str] = Counter()
 closest: defaultdict[str, float] = defaultdict(float)  # by dtype, the largest error as a share of what was granted
@@ -144,6 +144,22 @@ def check(spec, data):
         except VMeanbaError as error:
             seen["rewriting refused"] += 1
             print(f"refused: {error}")
+
+
+WAS_WRONG = blocks.Net(
+    (blocks.Block(
+        "cross", 2, 3, 4, "mamba_ssm", "no_affine", "sigmoid", "none", "none", True, False, False, False, False, False, True
+    ),), 2, 2, 3, torch.float64, 561,
+)  # fmt: skip
+
+
+def test_a_weight_of_the_shape_of_a_map_is_not_taken_for_it():
+    """x_proj (K, R + 2N, D) is (2, 8, 4) as the scan's input is at batch 2; `drop_annihilated` made zeros of its shape."""
+    gm = vmeanba_fx.transform(blocks.build(WAS_WRONG), [blocks.images(WAS_WRONG, 2)], sites="*")
+    for batch in (1, 2, 5):
+        x = blocks.images(WAS_WRONG, batch)
+        expected = blocks.reference(blocks.build(WAS_WRONG), x, {"mixers.0": "direction"})
+        torch.testing.assert_close(gm(x), expected)
 
 
 @pytest.mark.slow(seconds=200)

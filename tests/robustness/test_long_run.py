@@ -20,12 +20,13 @@ from torch.fx import graph_module
 
 import vmeanba_fx
 from tests import zoo
+from vmeanba_fx.capturing.confinement import forget_sizes
 from vmeanba_fx.graph import copy_graph
 
 COUNT = int(os.environ.get("VMEANBA_TRANSFORMS", "16"))
 ROOT = Path(__file__).resolve().parents[2]
-# PyTorch's caches still fill up in the short form; a trace that stays takes 3,600 objects and 1.2 MB. Some wait in SymPy's
-# caches for the next capture to empty them, so the least of many moments counts.
+# PyTorch's caches still fill up in the short form; a trace that stays takes 3,600 objects and 1.2 MB. Some wait in PyTorch's
+# caches for the next capture to empty them (a dozen for a while), so these are emptied and the least of many moments counts.
 OBJECTS_PER_RUN, BYTES_PER_RUN = (5, 5_000) if COUNT >= 200 else (1500, 1_000_000)
 
 
@@ -64,6 +65,7 @@ def run(count, warm):
         del gm
         assert patched_places() == before, f"after transform {index} something is still patched"
         if index + 1 >= warm and (index + 1 - warm) % step == 0:
+            forget_sizes()
             gc.collect()
             marks.append((resident(), len(gc.get_objects())))
             sources.append(len(graph_module._loader.eval_cache))
