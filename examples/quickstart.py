@@ -33,6 +33,8 @@ def main() -> None:
 
     # Score every scan: how much accuracy is lost where only this one is replaced? The model itself is not changed.
     plan = vmeanba_fx.calibrate(model, train, metric="accuracy")
+    if args.k is not None and not 0 <= args.k <= len(plan.sites):
+        parser.error(f"--k {args.k}: the model has {len(plan.sites)} sites, give 0 to {len(plan.sites)}")
     print(plan, end="\n\n")
 
     # Apply the plan for every k, and measure on images that took no part in the scoring.
@@ -40,6 +42,7 @@ def main() -> None:
     print(curve(every_k(plan), plan, model, test), end="\n\n")
 
     # This model needs its scans: four fitted channels per direction instead of one mean, and the layers behind refitted.
+    # The curve below is of test images, so none is measured on held-out training images.
     plan = vmeanba_fx.calibrate(model, train, metric="loss", reduce="rank", rank=4, held_out=False)
     rewritten = every_k(plan, refit="all")
     print("Four fitted channels and refitted layers, without training either:\n")

@@ -57,6 +57,14 @@ def test_quickstart(tmp_path):
     assert torch.export.load(out).module()(torch.zeros(3, 1, 32, 32)).shape == (3, 10)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [-1, 9])
+def test_quickstart_refuses_sites_that_do_not_exist(k):
+    pytest.importorskip("sklearn")
+    done = example("quickstart.py", "--k", k)
+    assert done.returncode == 2 and f"--k {k}: the model has 8 sites, give 0 to 8" in done.stderr
+
+
 def test_fashion_mnist_names_what_is_missing(tmp_path):
     weights = tmp_path / "weights.safetensors"
     done = example("fashion_mnist.py", tmp_path, "--weights", weights)

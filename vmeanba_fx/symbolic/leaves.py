@@ -73,7 +73,10 @@ def loaded_scan_functions() -> set[types.FunctionType]:
 
 
 def _functions() -> list[types.FunctionType]:
-    """Every function of this process, those included that ``gc.freeze()`` keeps from being listed."""
+    """Every function of this process, those included that ``gc.freeze()`` keeps from being listed.
+
+    Objects made since then are frozen with the rest: the collector cannot tell them apart.
+    """
     frozen = gc.get_freeze_count() > 0
     if frozen:
         gc.unfreeze()
