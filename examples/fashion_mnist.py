@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from quickstart import curve, export_and_check
+from quickstart import curve, every_k, export_and_check
 
 import vmeanba_fx
 from vmeanba_fx.data import FashionMNIST, make_loader
@@ -48,10 +48,13 @@ def main() -> None:
     how = {"mean": args.mean} if args.rank is None else {"reduce": "rank", "rank": args.rank}
     refit = args.refit or False
     plan = vmeanba_fx.calibrate(model, train, metric=args.metric, **how)
+    if args.k is not None and not 0 <= args.k <= len(plan.sites):
+        parser.error(f"--k {args.k}: the model has {len(plan.sites)} sites, give 0 to {len(plan.sites)}")
     print(plan, end="\n\n")
-    print(curve(plan, model, test, refit), end="\n\n")
+    rewritten = every_k(plan, refit=refit)
+    print(curve(rewritten, plan, model, test), end="\n\n")
 
-    gm = plan.apply(args.k if args.k is not None else len(plan.sites) // 2, refit=refit)
+    gm = rewritten[args.k if args.k is not None else len(plan.sites) // 2]
     print(vmeanba_fx.report(gm), end="\n\n")
     with tempfile.TemporaryDirectory() as folder:
         path = args.out or Path(folder) / f"vmamba_{args.model}_fashion.pt2"
