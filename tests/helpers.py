@@ -1,7 +1,11 @@
 """What tests of several parts share. Works on our models and on the official ones alike, by parameter names."""
 
 import copy
+import gzip
+import struct
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -66,3 +70,18 @@ def agrees(graph, model, *args, bound: float = 1e-5, **kwargs) -> bool:
     error = relative_error(found, expected)
     assert error <= bound, error
     return True
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    """An array of bytes as an idx file."""
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
+
+
+def write_fashion(folder: Path, images: np.ndarray, labels: np.ndarray, stem: str = "t10k", packed: bool = True) -> None:
+    """The two idx files of one half of Fashion-MNIST, as its site (packed) or Debian's package lays them down."""
+    for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+        name = folder / f"{stem}-{kind}-ubyte"
+        if packed:
+            name.with_name(name.name + ".gz").write_bytes(gzip.compress(idx_bytes(array)))
+        else:
+            name.write_bytes(idx_bytes(array))

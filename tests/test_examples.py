@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from tests.helpers import write_fashion
 from vmeanba_fx.models import save_checkpoint, vmamba_fashion_v05
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,6 +77,24 @@ def test_fashion_mnist_names_what_is_missing(tmp_path):
     done = example("fashion_mnist.py", tmp_path, "--weights", weights)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "dataset-fashion-mnist" in done.stderr and str(tmp_path) in done.stderr
+
+
+@pytest.mark.slow
+def test_fashion_mnist_on_any_machine(tmp_path):
+    """All of the example, without Debian's data and without trained weights."""
+    random = np.random.default_rng(0)
+    for stem in ("train", "t10k"):
+        write_fashion(tmp_path, random.integers(0, 256, (6, 28, 28)), random.integers(0, 10, 6), stem)
+    weights = tmp_path / "weights.safetensors"
+    save_checkpoint(vmamba_fashion_v05(), weights)
+    out = tmp_path / "fashion.pt2"
+    done = example("fashion_mnist.py", tmp_path, "--weights", weights, "--refit", "sites", "--k", 3, "--out", out)
+    assert done.returncode == 0, done.stderr
+    curve = rows(done.stdout, "k = ")
+    assert [row[2] for row in curve] == [str(k) for k in range(11)]
+    assert curve[0][3:5] == [rows(done.stdout, "original")[0][1], "+0.00"]
+    assert "3 sites replaced" in done.stdout and "equal at batch 6, 1 and 5" in done.stdout
+    assert torch.export.load(out).module()(torch.zeros(3, 1, 96, 96)).shape == (3, 10)
 
 
 @pytest.mark.slow

@@ -1,27 +1,14 @@
 """The data sets: fixed splits, idx files, and errors that say what to do."""
 
 import gzip
-import struct
 import sys
 
 import numpy as np
 import pytest
 import torch
 
+from tests.helpers import idx_bytes, write_fashion
 from vmeanba_fx import data
-
-
-def idx_bytes(array: np.ndarray) -> bytes:
-    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
-
-
-def write_fashion(folder, images: np.ndarray, labels: np.ndarray, stem: str = "t10k", packed: bool = True) -> None:
-    for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
-        name = folder / f"{stem}-{kind}-ubyte"
-        if packed:
-            name.with_name(name.name + ".gz").write_bytes(gzip.compress(idx_bytes(array)))
-        else:
-            name.write_bytes(idx_bytes(array))
 
 
 @pytest.fixture
