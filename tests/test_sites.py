@@ -228,7 +228,7 @@ def test_half_precision_contradicts_nothing(dtype):
             base, state = executor.run(zoo.images(dtype=kind))
             moved = executor.rerun(state, {scan: sites_module._shifted(state.value(scan), site)})
         outputs[kind] = sites_module._moved(base, moved, 0.0) or 0.0
-    assert outputs[torch.float64] < 1e-9 and outputs[dtype] > 5e-2
+    assert outputs[torch.float64] < 1e-9 and outputs[dtype] > 2e-2
 
 
 def test_finding_changes_nothing(everything):

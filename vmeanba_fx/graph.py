@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -266,8 +267,7 @@ def remove_dead_code(gm: fx.GraphModule) -> int:
     for owner in graph_modules(gm):
         removed += _remove_dead_nodes(owner.graph)
         owner.recompile()
-    gm.delete_all_unused_submodules()
-    drop_unused_attributes(gm)
+    _drop_unused(gm)
     return removed
 
 
@@ -290,23 +290,29 @@ def _remove_dead_nodes(graph: fx.Graph) -> int:
     return removed
 
 
-def drop_unused_attributes(gm: fx.GraphModule) -> None:
-    """Delete parameters and buffers that no ``get_attr`` node reads any more, so that the result is as small as it is."""
+def _drop_unused(gm: fx.GraphModule) -> None:
+    """Delete modules, parameters and buffers that no node refers to any more, so that the result is as small as it is.
+
+    ``delete_all_unused_submodules`` of fx takes a region inside of a region for unused.
+    """
     used: set[str] = set()
     for name, owner in gm.named_modules():
         if isinstance(owner, fx.GraphModule):
             prefix = f"{name}." if name else ""
-            used |= {prefix + str(n.target) for n in owner.graph.nodes if n.op == "get_attr"}
-        elif not name.startswith(GUARDS):
-            calls = any(n.op == "call_module" and n.target == name for n in gm.graph.nodes)
-            if calls:
-                used |= {f"{name}.{k}" for k in owner.state_dict()}
-    for full in [
-        k for k, _ in (*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False))
-    ]:
-        if full not in used:
-            path, _, leaf = full.rpartition(".")
-            delattr(gm.get_submodule(path), leaf)
+            for node in owner.graph.nodes:
+                if node.op in ("get_attr", "call_module"):
+                    used.add(prefix + str(node.target))
+                if node.op == "call_module":
+                    inside = owner.get_submodule(str(node.target))
+                    parts = (*inside.named_modules(), *inside.named_parameters(), *inside.named_buffers())
+                    used |= {f"{prefix}{node.target}.{part}" for part, _ in parts}
+    within = {part for path in used for part in itertools.accumulate(path.split("."), "{}.{}".format)}
+    for path in [path for path, _ in gm.named_modules() if path and path not in within]:
+        gm.delete_submodule(path)
+    for path in [k for k, _ in (*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False))]:
+        if path not in used:
+            module, _, leaf = path.rpartition(".")
+            delattr(gm.get_submodule(module), leaf)
 
 
 def with_flat_weights(gm: fx.GraphModule) -> fx.GraphModule:

@@ -226,8 +226,14 @@ def _probe(gm: fx.GraphModule, sites: list[Site]) -> None:
 def _shifted(y: Tensor, site: Site) -> Tensor:
     """y (B, K*D, L) plus something of its own size that is constant over the channels of each group."""
     noise = torch.randn(y.shape[0], site.groups, 1, y.shape[2], generator=torch.Generator().manual_seed(1))
-    scale = float(y.abs().max()) or 1.0
-    return y + (noise.to(y) * scale).expand(-1, -1, site.channels, -1).reshape(y.shape)
+    return y + (noise.to(y) * _size(y, site)).expand(-1, -1, site.channels, -1).reshape(y.shape)
+
+
+def _size(y: Tensor, site: Site) -> Tensor:
+    """The largest channel of each group at each position, (B, K, 1, L): a scan may grow without bound along its walk, and what
+    is small beside its end would drown in the rounding of a shift of that size. Ones where y is zero throughout."""
+    size = y.unflatten(1, (site.groups, site.channels)).abs().amax(2, keepdim=True)
+    return size if size.any() else torch.ones_like(size)
 
 
 def _computes_in_half(gm: fx.GraphModule) -> bool:
@@ -238,8 +244,8 @@ def _computes_in_half(gm: fx.GraphModule) -> bool:
 def _rounded(y: Tensor, site: Site) -> Tensor:
     """y with a difference of about its rounding error, in its own dtype or in that of the model, to which it is cast."""
     eps = max(torch.finfo(y.dtype).eps, torch.finfo(getattr(torch, site.dtype)).eps)
-    noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y)
-    return y + noise * (eps * float(y.abs().max()))
+    noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y).unflatten(1, (site.groups, site.channels))
+    return y + (noise * _size(y, site) * eps).reshape(y.shape)
 
 
 def _moved(base: Any, moved: Any, tolerance: float = 1e-3) -> float | None:

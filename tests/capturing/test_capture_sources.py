@@ -8,7 +8,9 @@ from torch.utils.checkpoint import checkpoint
 from tests import zoo
 from tests.capturing.models import AutocastBlock
 from tests.helpers import agrees
+from tests.paper_block import paper_block
 from tests.zoo import vmamba_scan_fn
+from vmeanba_fx import transform
 from vmeanba_fx.capturing.capture import capture
 from vmeanba_fx.errors import CaptureError
 from vmeanba_fx.graph import scan_nodes
@@ -118,6 +120,42 @@ def test_sites_come_in_order_of_execution():
     model = zoo.live()
     model.blocks = nn.ModuleList([AutocastBlock(6, model.blocks[0].op), model.blocks[1]]).eval()
     assert [s.name for s in find_sites(capture(model, zoo.images(3)))] == ["blocks.0.op", "blocks.1.op"]
+
+
+class Island(zoo.SS2D):
+    """Keeps its scan out of the autocast region around the whole model."""
+
+    def scan(self, *args):
+        with torch.autocast("cpu", enabled=False):
+            return super().scan(*(t.float() for t in args))
+
+
+class Autocast(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.net(x)
+
+
+def test_regions_inside_of_regions():
+    model = zoo.live(2)
+    for block in model.blocks:
+        block.op.__class__ = Island
+    model = Autocast(model)
+    gm = capture(model, zoo.images(3))
+    assert [s.name for s in find_sites(gm)] == ["net.blocks.0.op", "net.blocks.1.op"]
+    assert agrees(transform(gm, [zoo.images(3)], k=0), model, zoo.images(5), bound=2e-2)
+    replaced = transform(gm, [zoo.images(3)], sites="*")
+    for block in model.net.blocks:
+        block.op.call = paper_call
+    assert agrees(replaced, model, zoo.images(5), bound=2e-2)
+
+
+def paper_call(u, delta, A, B, C, D, bias):
+    return paper_block(u, delta, A, B, C, D, None, bias, True)
 
 
 def test_modes_around_the_call_do_not_enter_the_graph():

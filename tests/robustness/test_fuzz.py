@@ -162,6 +162,26 @@ def test_a_weight_of_the_shape_of_a_map_is_not_taken_for_it():
         torch.testing.assert_close(gm(x), expected)
 
 
+WAS_REFUSED = blocks.Net((
+    blocks.Block(
+        "sequence", 1, 1, 3, "mamba_ssm", "layer_2d", "in_call", "conv1x1", "none", False, True, True, True, True, False, False
+    ),
+    blocks.Block(
+        "both_ways", 1, 2, 3, "function", "no_affine", "silu", "none", "conv1x1", False, False, False, True, False, True, False
+    ),
+    blocks.Block(
+        "both_ways", 1, 2, 3, "vmamba", "no_affine", "none", "none", "conv1x1", False, False, True, True, False, False, True
+    ),
+), 4, 4, 6, torch.float32, 1777)  # fmt: skip
+
+
+def test_a_scan_that_grows_along_its_walk_contradicts_nothing():
+    """Steps below zero: the first positions are tiny beside the last, and must not drown in the shift that is tried on them."""
+    gm = vmeanba_fx.capture(blocks.build(WAS_REFUSED), blocks.images(WAS_REFUSED, 2))
+    sites = vmeanba_fx.find_sites(gm)
+    assert {site.name for site in sites if site.annihilated} == {f"mixers.{i}#{j}" for i in (1, 2) for j in (0, 1)}
+
+
 @pytest.mark.slow(seconds=200)
 def test_rewritten_networks_are_right_or_refused():
     seen.clear()
