@@ -14,7 +14,6 @@ forwards one after another. "peak" is the most that the CPU allocator held durin
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,9 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import vmeanba_fx
 from benchmarks.cpu_scan import conditions, error, median, processor, write
-from tests import official
+from benchmarks.official import load_official
 from tests.helpers import make_scan_matter
 from vmeanba_fx import models
+from vmeanba_fx.cli.arguments import at_least
 from vmeanba_fx.ops import cpu_jit
 
 # Largest difference of a lossless graph, relative to the largest output.
@@ -155,8 +155,8 @@ def peak(model: nn.Module, x: Tensor) -> int:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--official", help="path of the official vmamba.py")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="intra-op threads of PyTorch")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--threads", type=at_least(1), default=torch.get_num_threads(), help="intra-op threads of PyTorch")
+    parser.add_argument("--batch", type=at_least(1), default=1)
     parser.add_argument("--precision", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["vmamba_tiny", "vmamba_digits"])
     parser.add_argument("--seconds", type=float, default=10.0, help="measuring time for each model and precision")
@@ -168,8 +168,9 @@ def main(arguments: list[str] | None = None) -> None:
         cpu_jit._kernels = lambda: None
     module = models
     if options.official:
-        os.environ[official.VARIABLE] = options.official
-        module = official.load_official()
+        if not Path(options.official).is_file():
+            parser.error(f"--official {options.official}: no such file")
+        module = load_official(options.official, triton=False)
 
     rows = []
     for name in options.models:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from vmeanba_fx.cli.arguments import at_least
 from vmeanba_fx.ops import cpu_jit, naive
 
 # (batch, groups K, channels per group D, states N, length L)
@@ -169,7 +170,7 @@ def write(folder: Path, title: str, threads: int, text: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="intra-op threads of PyTorch")
+    parser.add_argument("--threads", type=at_least(1), default=torch.get_num_threads(), help="intra-op threads of PyTorch")
     parser.add_argument("--seconds", type=float, default=4.0, help="measuring time for each shape")
     parser.add_argument("--out", type=Path, help="folder that the tables are written to as well")
     options = parser.parse_args(arguments)

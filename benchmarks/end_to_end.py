@@ -41,7 +41,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import vmeanba_fx
 from benchmarks.official import load_official, scan_as_op
-from benchmarks.running import GraphReplay, Jobs, Turn, compiled_out_of_turn, relative, reserved, slowest_kernels, timed
+from benchmarks.running import (
+    GraphReplay,
+    Jobs,
+    Turn,
+    compiled_out_of_turn,
+    need_gpu,
+    relative,
+    reserved,
+    slowest_kernels,
+    timed,
+)
 from tests.helpers import make_scan_matter
 from vmeanba_fx import models
 
@@ -55,6 +65,7 @@ FORMATS = ("", "", "", "", "", ".2f", ".0f", ".0f", ".1e")
 
 def main() -> None:
     args = parse()
+    need_gpu()
     module = load_official(args.official, args.scan_extension) if args.official else models
     jobs = Jobs(args.jobs)
     with tempfile.NamedTemporaryFile() as lock:

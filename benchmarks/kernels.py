@@ -23,10 +23,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from scan_problems import DIRECTIONS, K, full_inputs, full_reference, one_inputs, one_reference
-from ss2d import copy_speed
 from tabulate import tabulate
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.running import need_gpu
+from benchmarks.scan_problems import DIRECTIONS, K, full_inputs, full_reference, one_inputs, one_reference
+from benchmarks.ss2d import copy_speed
 from vmeanba_fx import ops
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-3}
@@ -302,9 +305,12 @@ def main() -> int:
     )
     options = parser.parse_args()
     if options.plot:
+        if not options.plot.is_file():
+            parser.error(f"--plot {options.plot}: no such file")
         with options.plot.open(newline="") as file:
             plot(list(csv.DictReader(file)), options.plot.with_suffix(".png"))
         return 0
+    need_gpu()
     if options.path:
         sys.path.insert(0, options.path)
     official = importlib.import_module(options.official) if options.official else None

@@ -1,4 +1,4 @@
-"""The official VMamba with its own CUDA scan, for the benchmarks and for the command line.
+"""The official VMamba, unmodified, with its own CUDA scan or on a machine without CUDA: for benchmarks, tests and command line.
 
 The command line takes its file and its scan from the environment:
 
@@ -9,10 +9,12 @@ The command line takes its file and its scan from the environment:
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import os
 import sys
 import types
+import warnings
 from collections.abc import Iterator
 from unittest import mock
 
@@ -24,28 +26,22 @@ def vmamba_tiny_s1l8():
     return load_official(os.environ["OFFICIAL_VMAMBA"], os.environ["OFFICIAL_SO"]).vmamba_tiny_s1l8()
 
 
-def load_official(path: str, extension: str | None) -> types.ModuleType:
-    """The official file with its own CUDA scan; timm and fvcore, needed for training and counting, are stand-ins."""
+def load_official(path: str, extension: str | None = None, *, triton: bool = True) -> types.ModuleType:
+    """The official file, with its own CUDA scan where there is an ``extension``.
+
+    timm and fvcore, needed for training and counting, are stand-ins; without ``triton`` so is Triton, which makes the file take
+    its paths of plain PyTorch.
+    """
     if "official_vmamba" in sys.modules:
         return sys.modules["official_vmamba"]
-    stand_ins = {n: types.ModuleType(n) for n in ("timm", "timm.models", "timm.models.layers", "fvcore", "fvcore.nn")}
-    stand_ins["timm.models"].register_model = lambda f: f
-    stand_ins["timm.models.layers"].DropPath = type("DropPath", (nn.Identity,), {"__init__": _drop_path})
-    stand_ins["timm.models.layers"].trunc_normal_ = nn.init.trunc_normal_
-    for n in ("FlopCountAnalysis", "flop_count_str", "flop_count", "parameter_count"):
-        setattr(stand_ins["fvcore.nn"], n, None)
-    import triton  # noqa: F401  before the patch, which forgets every module imported while it lasts
-
-    with mock.patch.dict(sys.modules, stand_ins):
-        spec = importlib.util.spec_from_file_location("official_vmamba", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+    if triton:
+        importlib.import_module("triton")  # before the patch, which forgets every module imported while it lasts
+    with mock.patch.dict(sys.modules, _stand_ins(triton)), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = _import("official_vmamba", path)
     sys.modules["official_vmamba"] = module
     if extension:
-        spec = importlib.util.spec_from_file_location("selective_scan_cuda_oflex", extension)
-        scan = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(scan)
-        module.selective_scan_cuda_oflex = scan
+        module.selective_scan_cuda_oflex = _import("selective_scan_cuda_oflex", extension)
 
         def fast(u, delta, A, B, C, D=None, delta_bias=None, delta_softplus=True, oflex=True, backend=None):
             return module.SelectiveScanCuda.apply(u, delta, A, B, C, D, delta_bias, delta_softplus, oflex, "oflex")
@@ -54,9 +50,45 @@ def load_official(path: str, extension: str | None) -> types.ModuleType:
     return module
 
 
-def _drop_path(self: nn.Module, drop_prob: float = 0.0) -> None:
-    nn.Identity.__init__(self)
-    self.drop_prob = drop_prob
+def _import(name: str, path: str) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class _DropPath(nn.Module):
+    """timm's, as far as evaluation needs it."""
+
+    def __init__(self, drop_prob: float = 0.0) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.drop_prob:
+            raise NotImplementedError("the stand-in for timm's DropPath is for evaluation only")
+        return x
+
+
+def _stand_ins(triton: bool) -> dict[str, types.ModuleType]:
+    counts = ("FlopCountAnalysis", "flop_count_str", "flop_count", "parameter_count")
+    found = [
+        _module("timm"),
+        _module("timm.models", register_model=lambda function: function),
+        _module("timm.models.layers", DropPath=_DropPath, trunc_normal_=nn.init.trunc_normal_),
+        _module("fvcore"),
+        _module("fvcore.nn", **dict.fromkeys(counts)),
+    ]
+    if not triton:
+        language = _module("triton.language", constexpr=object, tensor=object)
+        found += [_module("triton", jit=lambda function: function, language=language), language]
+    return {module.__name__: module for module in found}
+
+
+def _module(name: str, **attributes: object) -> types.ModuleType:
+    module = types.ModuleType(name)
+    module.__dict__.update(attributes)
+    return module
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import ss2d
 from benchmarks.end_to_end import LIMITS, PRECISIONS, Variant, allow_tf32, at_precision, build
-from benchmarks.running import GraphReplay, Jobs, Turn, compiled_out_of_turn, relative, timed
+from benchmarks.running import GraphReplay, Jobs, Turn, compiled_out_of_turn, need_gpu, relative, timed
 from vmeanba_fx import models
 
 BYTES = {"c10::Half": 2, "c10::BFloat16": 2, "float": 4, "double": 8, "long int": 8, "bool": 1}
@@ -66,6 +66,7 @@ class Kernel:
 
 def main() -> None:
     args = parse()
+    need_gpu()
     jobs = Jobs(args.jobs)
     with tempfile.NamedTemporaryFile() as lock:
         for name in args.model:

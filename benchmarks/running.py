@@ -6,9 +6,11 @@ import contextlib
 import fcntl
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import connection
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -17,6 +19,12 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.runtime.benchmarking import InductorBenchmarker
+
+
+def need_gpu() -> None:
+    """Ends a script that has nothing to measure on this machine."""
+    if not torch.cuda.is_available():
+        sys.exit(f"{Path(sys.argv[0]).name} needs an NVIDIA GPU and a PyTorch built for it")
 
 
 class Jobs:

@@ -1,6 +1,6 @@
 """Times `ss2d` on the GPU at the sizes of the VMamba models, beside what the hardware allows.
 
-    PYTHONPATH=. python benchmarks/ss2d.py --models T S B --batches 128 1 --dtype float16
+    python benchmarks/ss2d.py --models T S B --batches 128 1 --dtype float16
 
 Each size is first checked against the float64 loops of `naive`; a size that fails prints no time and ends the run. A
 time is the median over replays of a CUDA graph of several calls, each on its own inputs, so that a map larger than the
@@ -20,6 +20,9 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.running import need_gpu
 from vmeanba_fx import ops
 from vmeanba_fx.ops import cuda_ss2d, naive
 
@@ -131,8 +134,7 @@ def main():
     parser.add_argument("--channels-last", action="store_true", help="x in channels-last memory format")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("benchmarks/ss2d.py needs an NVIDIA GPU")
+    need_gpu()
     dtype, properties = getattr(torch, arguments.dtype), torch.cuda.get_device_properties(0)
     processors, clock, bandwidth = properties.multi_processor_count, clock_hz(), copy_speed()
     torch.manual_seed(0)

@@ -7,9 +7,9 @@ Writes them beside the CSV, as ``*_summary.md``.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import re
-import sys
 from pathlib import Path
 
 from tabulate import tabulate
@@ -27,7 +27,11 @@ Row = dict[str, str]
 
 
 def main() -> None:
-    for path in map(Path, sys.argv[1:]):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("tables", type=Path, nargs="+", metavar="CSV", help="what end_to_end.py wrote")
+    for path in p.parse_args().tables:
+        if path.suffix != ".csv" or not path.is_file():
+            p.error(f"{path}: no such CSV file")
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
         parts = [ABOUT]

@@ -1,12 +1,13 @@
 """What the benchmarks compute of what they measured; measuring itself needs a GPU."""
 
 import csv
+import sys
 import time
 
 import pytest
 import torch
 
-from benchmarks import end_to_end, roofline, running, summary
+from benchmarks import end_to_end, kernels, roofline, running, ss2d, summary
 from benchmarks.running import Jobs, Turn
 
 CARD = roofline.Card(copy=1e12, product=1e14, clock=1e9, processors=100)
@@ -75,6 +76,21 @@ def test_summary_compares_with_the_same_mode_and_with_eager():
     baked, unrolled = summary.summary(rows, "compiled")
     assert baked == ["T", "fp16", "128", "20.00", "10.00 (2.00x, 4.00x)", "", "", "8.00 (2.50x, 5.00x)", "100, 100, 100"]
     assert unrolled == ["T, unrolled", "fp16", "128", "20.00", "", "", "", "5.00 (4.00x, 8.00x)", "100, 100"]
+
+
+@pytest.mark.parametrize("script", [end_to_end, kernels, roofline, ss2d])
+def test_without_a_gpu_there_is_nothing_to_measure(script, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit, match=r"^script\.py needs an NVIDIA GPU"):
+        script.main()
+
+
+def test_summary_names_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["summary.py", str(tmp_path / "missing.csv")])
+    with pytest.raises(SystemExit):
+        summary.main()
+    assert "missing.csv: no such CSV file" in capsys.readouterr().err
 
 
 def hold(path, number, log):

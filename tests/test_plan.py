@@ -101,6 +101,7 @@ def test_globs(plan):
     ({"k": 1, "group_by": "stage"}, "group_by='stage': give 'module' or None"),
     ({"sites": "layers.*"}, r"sites: 'layers.\*' matches no site; the sites are blocks.0.op, blocks.1.op"),
     ({"sites": ["blocks.0.op", "blocks.9.op"]}, r"sites: 'blocks.9.op' matches no site"),
+    ({"sites": "blocks.1*", "exclude": "blocks.*"}, r"exclude= keeps all that sites= names: blocks.1.op"),
     ({"k": 1, "exclude": "nothing"}, r"exclude: 'nothing' matches no site"),
     ({"max_drop": -0.1}, r"max_drop=-0.1: .* in units of the metric 'loss'"),
     ({"max_drop": float("nan")}, "max_drop=nan"),

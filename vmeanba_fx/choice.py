@@ -40,6 +40,8 @@ class Choice:
         check_group_by(self.group_by)
         named = match(plan.sites, self.sites, "sites") if self.sites is not None else set()
         kept_out = match(plan.sites, self.exclude, "exclude")
+        if named and named <= kept_out:
+            raise SiteError(f"exclude= keeps all that sites= names: {', '.join(sorted(named))}")
         if self.k is not None:
             by = self._group_by(plan)
             free, what = len(units_of(plan.sites, by, kept_out)), "sites" if by is None else f"{by}s"

@@ -21,9 +21,20 @@ RESULTS = ROOT / "docs" / "results"
 FASHION = "/usr/share/datasets/fashion-mnist"
 
 
+class Parser(argparse.ArgumentParser):
+    """Refuses ``--quick`` where a few images would take the place of what was measured."""
+
+    def parse_args(self, *given: Any, **more: Any) -> argparse.Namespace:
+        args = super().parse_args(*given, **more)
+        for name, value in vars(args).items():
+            if args.quick and isinstance(value, Path) and value == self.get_default(name):
+                self.error(f"--quick needs --{name} FOLDER as well: what was measured lies in the default folder")
+        return args
+
+
 def parser(doc: str) -> argparse.ArgumentParser:
     """The options that all scripts have."""
-    p = argparse.ArgumentParser(description=doc.splitlines()[0])
+    p = Parser(description=doc.splitlines()[0])
     p.add_argument("--data", default=FASHION, help="folder of Fashion-MNIST's idx files, or an .npz file (see common.py)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--out", type=Path, default=RESULTS, help="folder for the results (default: docs/results)")

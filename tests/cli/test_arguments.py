@@ -59,6 +59,7 @@ def test_models_that_cannot_be_built(capsys, tmp_path, spec):
     assert "has no 'missing'" in find(spec.replace("build()", "missing"))
     said = find("vmamba_tiny")
     assert "has no 'vmamba_tiny', only" in said and "vmamba_tiny_s1l8" in said and "path/to/file.py:FACTORY" in said
+    assert find("my_models.py").endswith("name a factory in a file as my_models.py:FACTORY")
     assert "neither a model nor a factory" in find(spec.replace("build()", "number"))
     assert "returns a dict" in find("builtins:dict()")
     assert "no such file" in find(f"{tmp_path / 'other.py'}:build")

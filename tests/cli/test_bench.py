@@ -54,6 +54,14 @@ def test_bench_times_nothing_whose_numbers_are_wrong(capsys, spec, monkeypatch):
     assert "nothing was timed" in refused(capsys, *argv)
 
 
+def test_bench_asks_for_its_folder_before_it_measures(capsys, tmp_path, spec, monkeypatch):
+    monkeypatch.setattr(bench, "_graphs", lambda *_: pytest.fail("something was measured"))
+    (tmp_path / "file").write_text("")
+    argv = ["bench", "--model", spec, "--size", 32, "--device", "cpu", "--out"]
+    assert "is not a folder" in refused(capsys, *argv, tmp_path / "file")
+    assert str(tmp_path / "file") in refused(capsys, *argv, tmp_path / "file" / "results")
+
+
 def test_bench_of_kernels_and_profile_saved(capsys, tmp_path, spec):
     out = tmp_path / "results"
     argv = ["bench", "--model", spec, "--size", 32, "--min-time", 0.01, "--device", "cpu", "--parts", "kernels", "profile"]

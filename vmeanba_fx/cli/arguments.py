@@ -100,7 +100,9 @@ class ModelSpec:
             found = attrgetter(self.factory)(module)
         except AttributeError:
             hint = ""
-            if module is models:
+            if module is models and "." in self.factory:
+                hint = f"; name a factory in a file as {self.factory}:FACTORY"
+            elif module is models:
                 names = ", ".join(name for name in models.__all__ if name.startswith(("vmamba_", "vanilla_")))
                 hint = f", only {names}; name a model of your own as path/to/file.py:FACTORY or MODULE:FACTORY"
             raise CommandError(f"--model: {self.module} has no {self.factory!r}{hint}") from None

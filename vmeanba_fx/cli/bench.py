@@ -79,6 +79,8 @@ def bench(args: argparse.Namespace) -> Outcome:
     out = None if args.out is None else Path(args.out)
     if out is not None and out.exists() and not out.is_dir():
         raise CommandError(f"--out {out}: is not a folder")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)  # nobody wants to hear of it after the measuring
     model = build_model(args.model, args.weights, seed=args.seed, device=args.device).to(_DTYPES[args.dtype])
     device = device_of(model)
     args.batch = args.batch or (8 if device.type == "cuda" else 1)
@@ -216,7 +218,6 @@ def _text(rows: list[Row]) -> str:
 
 def _save(folder: Path, where: dict[str, Any], data: dict[str, Any], text: str) -> str:
     """Write the JSON, the text and one CSV per part; the start of their names, which holds the conditions."""
-    folder.mkdir(parents=True, exist_ok=True)
     dtype = where["autocast"] or where["dtype"]
     named = (where["model"].rpartition("/")[2], where["device"], f"torch{where['torch']}", dtype, f"batch{where['input'][0]}")
     stem = "_".join(["bench", *(re.sub(r"[^\w.]+", "-", name).strip("-") for name in named)])
