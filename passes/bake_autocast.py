@@ -27,7 +27,7 @@ from torch import Tensor, fx
 
 from vmeanba_fx.analysis.evaluate import evaluate, is_parameter_only
 from vmeanba_fx.errors import GraphCheckError, PassError
-from vmeanba_fx.graph import Emitter, aten, graph_modules, refresh, remove_dead_code, value
+from vmeanba_fx.graph import Emitter, aten, callee, graph_modules, positional, refresh, remove_dead_code, value
 
 from .cleanup import cleanup
 
@@ -109,7 +109,8 @@ def _cast(
             name = f"{node.target if node.op == 'get_attr' else node.name}_{str(dtype).removeprefix('torch.')}"
             casts[node, dtype] = emit.get_attr(gm, name, full.to(value(node).device, dtype))
         elif node.target in _MOVES:
-            casts[node, dtype] = emit(node.target, _cast(gm, node.args[0], dtype, casts), *node.args[1:])
+            x, *rest = positional(node)
+            casts[node, dtype] = emit(callee(node), _cast(gm, x, dtype, casts), *rest)
         else:
             casts[node, dtype] = emit(aten.to.dtype, node, dtype)
     return casts[node, dtype]

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, fx
 
 from vmeanba_fx.analysis.evaluate import attribute
-from vmeanba_fx.graph import Emitter, aten, is_pointwise_conv, remove_dead_code, value
+from vmeanba_fx.graph import Emitter, aten, callee, is_pointwise_conv, positional, remove_dead_code, value
 
 from .cleanup import cleanup
 
@@ -59,11 +59,10 @@ def channels_last(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _to_linear(conv: fx.Node) -> None:
     emit = Emitter(conv.graph, conv, NAME)
-    x, weight = conv.args[0], conv.args[1]
-    bias = conv.args[2] if len(conv.args) > 2 else None
+    x, weight, bias = (*positional(conv), None)[:3]
     matrix = weight
     while matrix.target is aten.unsqueeze.default and value(matrix.args[0]).dim() >= 2:
-        matrix = matrix.args[0]
+        matrix = positional(matrix)[0]
     if value(matrix).dim() != 2:
         matrix = emit(aten.flatten.using_ints, weight, 1, 3)
     out = emit(aten.linear.default, emit(aten.permute.default, x, _LAST), matrix, bias)
@@ -73,13 +72,14 @@ def _to_linear(conv: fx.Node) -> None:
 def _sink(node: fx.Node) -> None:
     """``f(permute(x))`` becomes ``permute(f(x))``, so that permutations move towards the outputs and meet."""
     if node.target in UNARY and _is_first(node.args[0]):
-        inside = [node.args[0].args[0], *node.args[1:]]
+        x, *rest = positional(node)
+        inside = [positional(x)[0], *rest]
     elif node.target in BINARY and (operands := _operands(node)) is not None:
         inside = operands
     else:
         return
     emit = Emitter(node.graph, node, NAME, like=node)
-    node.replace_all_uses_with(emit(aten.permute.default, emit(node.target, *inside, **node.kwargs), _FIRST))
+    node.replace_all_uses_with(emit(aten.permute.default, emit(callee(node), *inside, **node.kwargs), _FIRST))
 
 
 def _lay_out_weights(gm: fx.GraphModule) -> None:
@@ -89,10 +89,11 @@ def _lay_out_weights(gm: fx.GraphModule) -> None:
     """
     for conv in gm.graph.find_nodes(op="call_function", target=aten.conv2d.default):
         last = _is_first(conv.args[0]) or all(_is_permute(user, _LAST) for user in conv.users)
-        if last and conv.args[1].op == "get_attr":
-            weight = attribute(conv.args[1])
+        reader = positional(conv)[1]
+        if last and reader.op == "get_attr":
+            weight = attribute(reader)
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-            conv.args[1].meta["val"] = value(conv.args[1]).contiguous(memory_format=torch.channels_last)
+            reader.meta["val"] = value(reader).contiguous(memory_format=torch.channels_last)
 
 
 def _is_first(node: object) -> bool:
@@ -100,7 +101,7 @@ def _is_first(node: object) -> bool:
 
 
 def _is_permute(node: object, order: list[int]) -> bool:
-    return isinstance(node, fx.Node) and node.target is aten.permute.default and list(node.args[1]) == order
+    return isinstance(node, fx.Node) and node.target is aten.permute.default and list(positional(node)[1]) == order
 
 
 def _operands(node: fx.Node) -> list[object] | None:

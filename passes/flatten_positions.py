@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import SymInt, Tensor, fx
 
-from vmeanba_fx.graph import Emitter, aten, remove_dead_code, value
+from vmeanba_fx.graph import Emitter, aten, callee, positional, remove_dead_code, value
 
 from .channels_last import BINARY, UNARY
 
@@ -37,7 +37,7 @@ def flatten_positions(gm: fx.GraphModule) -> fx.GraphModule:
         if node.op == "call_function" and _is_map(node) and (operands := _operands(node, flat)) is not None:
             emit = Emitter(node.graph, node, NAME, like=node)
             inside = [_flatten(a, flat) if _is_map(a) else a for a in operands]
-            new = emit(node.target, *inside, *node.args[len(operands) :], **node.kwargs)
+            new = emit(callee(node), *inside, *node.args[len(operands) :], **node.kwargs)
             out = emit(aten.unflatten.int, new, 1, list(value(node).shape[1:3]))
             flat[out] = new
             node.replace_all_uses_with(out)
@@ -47,7 +47,7 @@ def flatten_positions(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _operands(node: fx.Node, flat: dict[fx.Node, fx.Node]) -> list[Any] | None:
     """The maps that ``node`` reads, where it treats their positions alike; None where it does not, or nothing is gained."""
-    if node.target is aten.linear.default or (node.target is aten.layer_norm.default and len(node.args[1]) == 1):
+    if node.target is aten.linear.default or (node.target is aten.layer_norm.default and len(positional(node)[1]) == 1):
         return [node.args[0]]
     if node.target in UNARY and node.args[0] in flat:
         return [node.args[0]]

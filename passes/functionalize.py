@@ -20,10 +20,12 @@ other mutation is left alone and stays where it was.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
+from typing import Any
 
 from torch import fx
 
-from vmeanba_fx.graph import Emitter, aten, graph_modules, value
+from vmeanba_fx.graph import Emitter, aten, graph_modules, positional, value
 
 NAME = "functionalize"
 _FRESH = {
@@ -35,7 +37,10 @@ _FRESH = {
     aten.zeros_like.default,
     aten.clone.default,
 }
-_SCATTER = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
+_SCATTER: dict[Any, Callable[..., Any]] = {
+    aten.slice.Tensor: aten.slice_scatter.default,
+    aten.select.int: aten.select_scatter.default,
+}
 
 
 def functionalize(gm: fx.GraphModule) -> fx.GraphModule:
@@ -49,7 +54,7 @@ def functionalize(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _rewrite_copy(graph: fx.Graph, copy_: fx.Node) -> None:
-    destination, source = copy_.args[0], copy_.args[1]
+    destination, source = positional(copy_)[:2]
     chain: list[fx.Node] = []
     base = destination
     while isinstance(base, fx.Node) and base.target in _SCATTER:
@@ -69,7 +74,8 @@ def _rewrite_copy(graph: fx.Graph, copy_: fx.Node) -> None:
     if tuple(value(source).shape) != tuple(shape):
         new = emit(aten.expand_as.default, new, destination)
     for view in chain:
-        new = emit(_SCATTER[view.target], view.args[0], new, *view.args[1:])
+        x, *rest = positional(view)
+        new = emit(_SCATTER[view.target], x, new, *rest)
     new_base = new
     copy_.replace_all_uses_with(new_base)
     for user in list(base.users):

@@ -88,16 +88,16 @@ def add_skip(
     """y (B, D or 1, H, W) + skip * x + bias in the dtype of the merged map: for one channel in one pass over memory."""
     skip = torch.zeros(cross.channels, dtype=torch.float64) if merge.skip is None else merge.skip
     wanted = value(merge.node).dtype
-    shifted = bias is not None and bool(bias.abs().max() > 0)
-    if value(y).shape[1] == 1 and not shifted:
+    shift = None if bias is None or not bool(bias.abs().max() > 0) else bias
+    if value(y).shape[1] == 1 and shift is None:
         y, x = (emit(aten.flatten.using_ints, t, 2, 3) for t in (y, x))
         D = make_buffer(gm, emit, site, "D", skip, cross, torch.float32)
         out = emit(torch.ops.vmeanba_fx.broadcast_add.default, emit(aten.unsqueeze.default, y, 2), x, D, wanted)
         return emit(aten.unflatten.int, follow_weights(emit, out, D), 2, [cross.height, cross.width])
     D = make_buffer(gm, emit, site, "D", skip.reshape(-1, 1, 1), cross, torch.float32)
     out = emit(aten.add.Tensor, emit(aten.mul.Tensor, x, D), y)
-    if shifted:
-        out = emit(aten.add.Tensor, out, make_buffer(gm, emit, site, "bias", bias.reshape(-1, 1, 1), cross, torch.float32))
+    if shift is not None:
+        out = emit(aten.add.Tensor, out, make_buffer(gm, emit, site, "bias", shift.reshape(-1, 1, 1), cross, torch.float32))
     return out if value(out).dtype == wanted else emit(aten.to.dtype, out, wanted)
 
 

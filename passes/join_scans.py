@@ -26,6 +26,7 @@ from vmeanba_fx.graph import (
     NOT_FUSED,
     Emitter,
     aten,
+    callee,
     downstream,
     group_shape,
     remove_dead_code,
@@ -80,7 +81,7 @@ def _join(scans: list[fx.Node]) -> tuple[fx.Node, list[fx.Node]]:
     }
     u, delta, A, B, C, bias = tensors.values()
     options = given[0]["delta_softplus"], given[0]["out_dtype"]
-    joined = emit(last.target, u, delta, A, B, C, None, None, bias, *options)
+    joined = emit(callee(last), u, delta, A, B, C, None, None, bias, *options)
     rows = value(scans[0]).shape[1]
     parts = [emit(aten.slice.Tensor, joined, 1, i * rows, (i + 1) * rows) for i in range(len(scans))]
     for scan, part in zip(scans, parts, strict=True):

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from vmeanba_fx.graph import Emitter, arguments, aten, scan_nodes, value
+from vmeanba_fx.graph import Emitter, arguments, aten, callee, scan_nodes, value
 
 NAME = "lift_skip"
 
@@ -34,7 +34,7 @@ def lift_skip(gm: fx.GraphModule) -> fx.GraphModule:
         compute = torch.promote_types(value(a["u"]).dtype, torch.float32)
         emit = Emitter(owner.graph, scan, NAME, like=scan)
         y = emit(
-            scan.target, a["u"], a["delta"], a["A"], a["B"], a["C"], None, None, a["delta_bias"],
+            callee(scan), a["u"], a["delta"], a["A"], a["B"], a["C"], None, None, a["delta_bias"],
             bool(a["delta_softplus"]), compute,
         )  # fmt: skip
         if a["D"] is not None:

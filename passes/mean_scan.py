@@ -66,7 +66,7 @@ def mean_scan(gm: fx.GraphModule, sites: Iterable[str], *, mean: Mean = "directi
 
 def _describe(out: fx.Node, args: dict[str, Any], mean: Mean) -> None:
     """Leave on the block's ``linear_scan`` what it was made from, for :mod:`fuse_means`."""
-    node = out
+    node: Any = out
     while node.target is not _ops.linear_scan.default:
         if node.target is _ops.shared_scan.default:
             return

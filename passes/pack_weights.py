@@ -28,7 +28,7 @@ from torch import Tensor, fx
 
 from vmeanba_fx.analysis.evaluate import attribute, evaluate, is_parameter_only, shape_of
 from vmeanba_fx.errors import GraphCheckError
-from vmeanba_fx.graph import Emitter, aten, graph_modules, remove_dead_code, value, with_flat_weights
+from vmeanba_fx.graph import Emitter, aten, graph_modules, positional, remove_dead_code, value, with_flat_weights
 
 NAME = "pack_weights"
 mkldnn = torch.ops.mkldnn
@@ -54,8 +54,9 @@ def pack_weights(gm: fx.GraphModule, batch: int = 1) -> fx.GraphModule:
         if node.target in _LAYERS and _is_packable(node):
             (_pack_linear if node.target is aten.linear.default else _pack_conv)(gm, node, batch)
     for scan in gm.graph.find_nodes(op="call_function", target=torch.ops.vmeanba_fx.ss2d.default):
-        if scan.args[2].op == "get_attr":  # the kernel reads this table in float32
-            scan.update_arg(2, _buffer(gm, scan, scan.args[2], attribute(scan.args[2]).detach().float()))
+        table = positional(scan)[2]
+        if table.op == "get_attr":  # the kernel reads this table in float32
+            scan.update_arg(2, _buffer(gm, scan, table, attribute(table).detach().float()))
     remove_dead_code(gm)
     return with_flat_weights(gm)
 
@@ -71,12 +72,12 @@ def _fold_constants(gm: fx.GraphModule) -> None:
 def _is_packable(layer: fx.Node) -> bool:
     x = value(layer.args[0])
     supported = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported())
-    fixed = all(a is None or a.op == "get_attr" for a in layer.args[1:3])
+    fixed = all(a is None or a.op == "get_attr" for a in positional(layer)[1:3])
     return supported and fixed and x.device.type == "cpu" and all(value(a).dtype == x.dtype for a in layer.all_input_nodes)
 
 
 def _pack_linear(gm: fx.GraphModule, layer: fx.Node, batch: int) -> None:
-    x, weight, bias = (*layer.args, None)[:3]
+    x, weight, bias = (*positional(layer), None)[:3]
     rows, matrix = torch.Size(shape_of(x, batch)[:-1]).numel(), attribute(weight).detach()
     if rows * matrix.numel() < _LEAST_WORK:
         return
@@ -90,8 +91,8 @@ def _pack_linear(gm: fx.GraphModule, layer: fx.Node, batch: int) -> None:
 
 
 def _pack_conv(gm: fx.GraphModule, layer: fx.Node, batch: int) -> None:
-    x, weight = layer.args[:2]
-    bias, stride, padding, dilation, groups = (_CONV | dict(zip(_CONV, layer.args[2:], strict=False))).values()
+    x, weight, *options = positional(layer)
+    bias, stride, padding, dilation, groups = (_CONV | dict(zip(_CONV, options, strict=False))).values()
     if not value(x).is_contiguous(memory_format=torch.channels_last):
         x = Emitter(gm.graph, layer, NAME)(aten.contiguous.default, x, memory_format=torch.channels_last)
     where = padding, stride, dilation, groups
@@ -110,7 +111,7 @@ def _only_reader(node: fx.Node) -> fx.Node | None:
 def _activation(layer: fx.Node, reader: fx.Node | None) -> tuple[fx.Node, str, list, str]:
     """The node that the packed layer stands for, and what oneDNN calls the activation in it."""
     if reader is not None and reader.target is aten.gelu.default:
-        return reader, "gelu", [], reader.kwargs.get("approximate", "none")
+        return reader, "gelu", [], str(reader.kwargs.get("approximate", "none"))
     if reader is not None and reader.target in _ACTIVATIONS:
         return reader, _ACTIVATIONS[reader.target], [], ""
     return layer, "none", [], ""
@@ -118,7 +119,8 @@ def _activation(layer: fx.Node, reader: fx.Node | None) -> tuple[fx.Node, str, l
 
 def _summand(add: fx.Node, layer: fx.Node) -> fx.Node | None:
     """What ``add`` adds to ``layer``, where it is a contiguous tensor of the same shape and dtype."""
-    other = add.args[1] if add.args[0] is layer else add.args[0]
+    first, second = positional(add)
+    other = second if first is layer else first
     held, mine = value(other), value(layer)
     same = isinstance(held, Tensor) and other is not layer and held.shape == mine.shape and held.dtype == mine.dtype
     return other if same and not add.kwargs and held.is_contiguous() else None

@@ -123,6 +123,8 @@ def test_without_scores_only_names_choose(model):
     for options in ({"k": 1}, {"max_drop": 1.0}):
         with pytest.raises(PlanError, match="no scores: calibrate the model first"):
             plan.choose(**options)
+    with pytest.raises(PlanError, match="no scores: calibrate the model first"):
+        plan.worse(0.5)
     assert "blocks.3.op" in str(plan)
 
 

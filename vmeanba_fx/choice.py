@@ -73,9 +73,10 @@ class Choice:
             trivial = self.k in (0, len(units))
             picked = units[: self.k] if trivial else self._ranked(plan, units)[: self.k]
         elif self.max_drop is not None:
-            picked = self._within(plan, kept_out)
+            picked = self._within(plan, kept_out, self.max_drop)
         else:
-            picked = self._fast(plan, units, times())
+            assert self.speedup is not None  # the only one left, says check()
+            picked = self._fast(plan, units, times(), self.speedup)
         chosen = {i for unit in picked for i in unit}
         return [s.name for i, s in enumerate(plan.sites) if i in chosen]
 
@@ -95,7 +96,7 @@ class Choice:
             )
         return ranked
 
-    def _within(self, plan: Plan, kept_out: set[str]) -> list[Unit]:
+    def _within(self, plan: Plan, kept_out: set[str], max_drop: float) -> list[Unit]:
         """The longest start of the plan's curve on which the metric never falls further than ``max_drop``."""
         plan.impacts()  # a plan without scores says so
         if plan.curve is None or plan.curve.base is None:
@@ -106,7 +107,7 @@ class Choice:
         self._require_same_units(plan)
         picked: list[Unit] = []
         for unit, drop in zip(plan.curve.order, plan.drops(), strict=True):
-            if drop > self.max_drop:
+            if drop > max_drop:
                 break
             stays = [plan.sites[i].name for i in unit if plan.sites[i].name in kept_out]
             if stays:
@@ -117,15 +118,15 @@ class Choice:
             picked.append(unit)
         return picked
 
-    def _fast(self, plan: Plan, units: list[Unit], times: Times) -> list[Unit]:
+    def _fast(self, plan: Plan, units: list[Unit], times: Times, speedup: float) -> list[Unit]:
         impacts = plan.impacts()
         saved = [sum(times.saved[i] for i in unit) for unit in units]
         costs = [sum(impacts[i] for i in unit) for unit in units]
-        picked = knapsack(costs, saved, times.base * (1 - 1 / self.speedup))
+        picked = knapsack(costs, saved, times.base * (1 - 1 / speedup))
         if picked is None:
             most = times.speedup([i for unit, gain in zip(units, saved, strict=True) if gain > 0 for i in unit])
             raise SiteError(
-                f"speedup={self.speedup}: the most that replacing sites reaches is {most:.3f}, by the times measured on "
+                f"speedup={speedup}: the most that replacing sites reaches is {most:.3f}, by the times measured on "
                 f"{times.device} ({times.base * 1e3:.3g} ms unchanged)"
             )
         return [units[j] for j in picked]

@@ -140,9 +140,21 @@ def value(node: Any) -> Any:
     return node.meta.get("val") if isinstance(node, fx.Node) else node
 
 
+def positional(node: fx.Node) -> tuple[Any, ...]:
+    """``node.args``, for where the operator tells more about them than the type that fx gives them."""
+    return node.args
+
+
+def callee(node: fx.Node) -> Callable[..., Any]:
+    """The function that a ``call_function`` node calls."""
+    if not callable(node.target):
+        raise GraphCheckError(f"{describe(node)} calls {node.target!r}, which is no function")
+    return node.target
+
+
 def arguments(node: fx.Node) -> dict[str, Any]:
     """Arguments of an operator's node by the names of its schema, defaults included."""
-    target = node.target.default if isinstance(node.target, torch._ops.OpOverloadPacket) else node.target
+    target: Any = node.target.default if isinstance(node.target, torch._ops.OpOverloadPacket) else node.target
     schema = target._schema.arguments
     given = dict(zip((a.name for a in schema), node.args, strict=False)) | dict(node.kwargs)
     return {a.name: given.get(a.name, a.default_value) for a in schema}
@@ -246,7 +258,7 @@ def refresh(node: fx.Node) -> None:
     mode = detect_fake_mode(tensors)
     # Composite operators reach symbolic sizes only through their Python decompositions.
     with mode or contextlib.nullcontext(), torch.no_grad(), enable_python_dispatcher():
-        node.meta["val"] = node.target(*args, **kwargs)
+        node.meta["val"] = callee(node)(*args, **kwargs)
 
 
 _CHECKS = {aten._assert_tensor_metadata.default}

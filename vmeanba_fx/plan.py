@@ -52,6 +52,8 @@ from .timing import Times, device_name, measure_times
 
 __all__ = ["Plan"]
 
+_NO_SCORES = "this plan has no scores: calibrate the model first"
+
 
 @dataclass
 class Plan:
@@ -100,7 +102,7 @@ class Plan:
         Measured where the plan holds measured scores, estimated by gradients where it does not.
         """
         if not self.scored:
-            raise PlanError("this plan has no scores: calibrate the model first")
+            raise PlanError(_NO_SCORES)
         return self.worse(self.scores[index]) if self.scores else self.estimates[index]
 
     def impacts(self) -> list[float]:
@@ -113,7 +115,10 @@ class Plan:
 
     def worse(self, value: float, base: float | None = None) -> float:
         """By how much ``value`` of the metric is worse than ``base`` (by default, that of the unchanged model)."""
-        change = (self.base if base is None else base) - value
+        base = self.base if base is None else base
+        if base is None:
+            raise PlanError(_NO_SCORES)
+        change = base - value
         return change if self.higher_is_better else -change
 
     def correlation(self) -> float | None:

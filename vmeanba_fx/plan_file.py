@@ -144,8 +144,8 @@ def _check_inputs(inputs: list[Any]) -> None:
         if set(item) == {"key", "value"} and not isinstance(item["value"], (list, dict)):
             continue
         shape = item.get("shape")
-        whole = isinstance(shape, list) and len(shape) <= _MAX_DIMS and all(map(is_count, shape))
-        if set(item) != {"key", "shape", "dtype"} or not whole or dtype_of(item["dtype"]) is None:
+        whole = set(item) == {"key", "shape", "dtype"} and dtype_of(item["dtype"]) is not None
+        if not whole or not isinstance(shape, list) or len(shape) > _MAX_DIMS or not all(map(is_count, shape)):
             raise ValueError(f"an input described as {str(item)[:80]}")
         elements += math.prod(shape)
     if elements > _MAX_ELEMENTS:

@@ -15,7 +15,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from ..graph import aten, value
+from ..graph import aten, callee, positional, value
 from .regions import IDENTITY
 
 _EMPTY = {
@@ -104,12 +104,12 @@ def _compute(node: fx.Node, env: dict[fx.Node, Any], symbols: frozenset[Any], ba
     if node.op == "get_attr":
         return _double(attribute(node), device)
     if node.target in IDENTITY:
-        return env[node.args[0]]
+        return env[positional(node)[0]]
     if node.target in _EMPTY:
         shape = [resolve(s, symbols, batch) for s in held.shape]
         return torch.full(shape, float("nan"), dtype=torch.float64, device=device)
     args, kwargs = pytree.tree_map_only(fx.Node, env.__getitem__, (node.args, dict(node.kwargs)))
-    target = aten.reshape.default if node.target in _VIEWS else node.target
+    target = aten.reshape.default if node.target in _VIEWS else callee(node)
     result = target(*args, **kwargs)
     return pytree.tree_map_only(Tensor, lambda t: _double(t, device), result)
 

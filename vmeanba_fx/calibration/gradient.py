@@ -86,7 +86,7 @@ class Estimator:
         """1/2 J^T F J (images, left), averaged over the positions of an image as the metric is."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         p = logits.detach().softmax(1)
-        total: Tensor | float = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=p.device)
         for _ in range(PROBES):
             total = total + pull(curvature_probe(p, generator)).double().square()
         return total / (2 * PROBES * p[0, 0].numel())

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
 
 from ..errors import CalibrationError
 from ..fitting.rank_block import RankFit, rank_scan_tensors
-from ..graph import SITE, copy_graph, find_scan, graph_modules, read_attribute, scan_arguments
+from ..graph import SITE, callee, copy_graph, find_scan, graph_modules, positional, read_attribute, scan_arguments
 from ..passes.mean_scan import Mean, mean_scan, mean_scan_tensors
 from ..passes.rank_scan import rank_scan
 from ..passes.refit import weight_position
@@ -47,8 +48,8 @@ class NewWeights:
 
     def compute(self, value: Callable[[fx.Node], Any]) -> Tensor:
         at = weight_position(self.layer)
-        args = [value(self.layer.args[0]), *self.layer.args[1:at], self.weight, self.bias, *self.layer.args[at + 2 :]]
-        return self.layer.target(*args)
+        x, *rest = positional(self.layer)
+        return callee(self.layer)(value(x), *rest[: at - 1], self.weight, self.bias, *rest[at + 1 :])
 
 
 class Replacer:
@@ -73,19 +74,19 @@ class Replacer:
     def overrides(self, chosen: Sequence[int]) -> dict[fx.Node, Any]:
         """What to override to replace the sites ``chosen`` together."""
         out: dict[fx.Node, Any] = {}
-        inside: dict[fx.Node, list[Point]] = {}
+        inside: dict[fx.Node, tuple[fx.GraphModule, list[str]]] = {}
         for i in chosen:
             point = self.points[i]
             if (readout := self.readouts.get(point.site.name)) is not None:
                 out[readout.layer] = Computed(readout.compute)
             if point.body is None:
-                out[point.node] = Computed(lambda value, scan=point.scan: self._replacement(scan, value))
+                out[point.node] = Computed(partial(self._replacement, point.scan))
             else:
-                inside.setdefault(point.node, []).append(point)
-        for node, points in inside.items():
-            names = tuple(p.site.name for p in points)
+                inside.setdefault(point.node, (point.body, []))[1].append(point.site.name)
+        for node, (body, replaced) in inside.items():
+            names = tuple(replaced)
             if (node, names) not in self._patched:
-                self._patched[node, names] = self.rewrite(copy_graph(points[0].body), names)
+                self._patched[node, names] = self.rewrite(copy_graph(body), names)
             out[node] = self._patched[node, names]
         return out
 

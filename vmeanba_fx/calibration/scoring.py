@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from ..capturing.capture import capture_info
 from ..capturing.examples import shapes_of
 from ..errors import CalibrationError, PlanError
+from ..graph import positional
 from ..sites import Site
 from .batches import Batches
 from .execute import Executor, State
@@ -54,7 +55,7 @@ class Runner:
         bad: list[str] = []
 
         def look(point: Point, env: Mapping[fx.Node, Any]) -> None:
-            for what, node in (("input", point.scan.args[0]), ("output", point.scan)):
+            for what, node in (("input", positional(point.scan)[0]), ("output", point.scan)):
                 if not bad and not bool(torch.isfinite(env[node]).all()):
                     bad.append(f", first seen in the {what} of the scan at {point.site.name}")
 
@@ -118,14 +119,16 @@ def measure_each(
 
     def measure(index: int, batch: Batch) -> tuple[Tensor, int]:
         run = runner.base(index, batch)
-        columns, moved = [run.values], []
+        columns: list[Tensor] = [run.values]
+        moved: list[Tensor | None] = []
         for chosen in sets:
             outputs, values = run.replaced(chosen)
             columns.append(values)
             moved.append(run.shift(outputs) if shifts else None)
             bar.update()
-        if all(m is not None for m in moved):
-            columns += moved
+        known = [m for m in moved if m is not None]
+        if len(known) == len(sets):
+            columns += known
         return torch.stack([c.cpu() for c in columns]), run.weight
 
     return measure

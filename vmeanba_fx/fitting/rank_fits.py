@@ -29,7 +29,7 @@ from ..ops.directions import inverse_table
 from ..sites import Site, SiteList, skip_product
 from .least_squares import Layout, LowRank, Sums, Weighting, auto_rank, fit_low_rank, halves_of
 from .rank_block import RankFit, call, shared_step
-from .reduction import Reduction
+from .reduction import DEFAULT_ENERGY, Reduction
 from .sensitivity import output_gradients
 
 SUMS_BUDGET = 1 << 30  # bytes
@@ -133,11 +133,12 @@ class _SiteRows:
         ]
         options: dict[str, Any] = {"weightings": weightings, "skip": self.skip}
         rank = reduction.rank
+        assert rank is not None  # only the mean has none, and nothing to fit
         if rank == "auto":
-            rank = auto_rank(sums, self.layout, reduction.energy, **options)
+            rank = auto_rank(sums, self.layout, reduction.energy or DEFAULT_ENERGY, **options)
         elif rank > self.channels:
             raise SiteError(f"{self.site.name}: rank={rank} is more than its {self.channels} channels")
-        fits, energy = fit_low_rank(sums, self.layout, int(rank), **options)
+        fits, energy = fit_low_rank(sums, self.layout, rank, **options)
         return self._as_fit(fits, energy, int(sums.whole[0, -1, -1]))
 
     def _as_fit(self, heads: list[LowRank], energy: float, rows: int) -> RankFit:

@@ -24,8 +24,8 @@ from ..calibration.execute import Executor
 from ..calibration.metrics import Batch
 from ..calibration.replacing import NewWeights, Replacer
 from ..errors import CalibrationError
-from ..graph import SITE, copy_graph, describe, downstream, read_attribute, scan_nodes
-from ..passes.refit import Readout, find_readout, find_stream, is_pointwise_linear, refit
+from ..graph import SITE, copy_graph, describe, downstream, positional, read_attribute, scan_nodes
+from ..passes.refit import Readout, find_readout, find_stream, is_pointwise_linear, refit, weight_position
 from ..sites import Site
 from .least_squares import Sums, halves_of, refit_linear
 
@@ -108,8 +108,9 @@ def refit_each(
         if list(found.values()).count(layer) > 1:
             continue
         rewritten = refit_sites(replacer.rewrite(copy_graph(gm), [site]), gm, [site], data)
-        new = Readout(next(n for n in rewritten.graph.nodes if n.name == layer.name), None)
-        weights[site] = NewWeights(layer, *(read_attribute(rewritten, str(n.target)) for n in (new.weight, new.bias)))
+        new = next(n for n in rewritten.graph.nodes if n.name == layer.name)
+        at = weight_position(new)
+        weights[site] = NewWeights(layer, *(read_attribute(rewritten, str(n.target)) for n in positional(new)[at : at + 2]))
     return weights
 
 
@@ -211,7 +212,7 @@ def _add(sums: Sums | None, x: Tensor, error: Tensor, index: int) -> Sums:
 
 def _add_norm(sums: Sums | None, layer: fx.Node, x: Tensor, error: Tensor, index: int) -> Sums:
     """Every channel is a head: [normalised value | error | 1]."""
-    eps = float(layer.args[4]) if len(layer.args) > 4 else 1e-5
+    eps = float(positional(layer)[4]) if len(layer.args) > 4 else 1e-5
     normal = torch.nn.functional.layer_norm(x.double(), x.shape[-1:], eps=eps)
     return _add(sums, normal.movedim(-1, 0)[..., None], error.movedim(-1, 0)[..., None], index)
 
