@@ -7,6 +7,8 @@ extension, so `selective_scan_torch`, a Python loop over time, and cross scan an
 of plain PyTorch in channels-last memory, of about as many operations as VMamba-T. The digits model is the trained one of the
 examples, whose "official" is the official class with its weights. In bfloat16 the official model runs under autocast (cast to
 bfloat16 as a whole it fails), ours in bfloat16 throughout. "packed" is `vmeanba_fx.pack_weights` on top.
+"products alone" are the convolutions and matrix products of VMamba's forward, one after another with nothing between them, to
+compare with: their work stays, but packing makes it faster, and sites that are replaced need fewer of them.
 
 Numbers first: what claims to be lossless is compared with the official model's outputs (without it, with this package's own
 VMamba; in bfloat16 it may be off by twice what the model itself is), and a failure prints no speed. Times are medians of
@@ -21,6 +23,7 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -102,6 +105,27 @@ def vmamba_digits(module, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, Ten
     return own, baseline.eval(), torch.randn(1, 1, 32, 32)
 
 
+class Products(TorchDispatchMode):
+    """Keeps the convolutions and matrix products that run in it; calling it runs them again, whatever it is given."""
+
+    KINDS = tuple(getattr(torch.ops.aten, name).default for name in ("convolution", "addmm", "mm", "bmm"))
+
+    def __init__(self, model: nn.Module, images: Tensor) -> None:
+        super().__init__()
+        self.calls: list[tuple[Callable, tuple, dict]] = []
+        with torch.no_grad(), self:  # inference mode would keep linear and conv2d whole
+            model(images)
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator in self.KINDS:
+            self.calls.append((operator, args, kwargs or {}))
+        return operator(*args, **(kwargs or {}))
+
+    def __call__(self, images: Tensor) -> None:
+        for operator, args, kwargs in self.calls:
+            operator(*args, **kwargs)
+
+
 MODELS = {build.__name__: build for build in (vmamba_tiny, vanilla_vmamba_tiny, vmamba_digits)}
 
 
@@ -117,6 +141,7 @@ def measure(build: Callable, module, batch: int, dtype: torch.dtype, seconds: fl
     with torch.inference_mode():
         expected = baseline(images)
     runs |= {name: (gm, images.to(dtype)) for name, gm in rewritten(own.to(dtype), images.to(dtype)).items()}
+    runs["products alone"] = Products(own, images.to(dtype)), images.to(dtype)
     if build is not vmamba_digits:
         runs["ResNet-50"] = ChannelsLast(resnet50().eval().to(dtype)), images.to(dtype)
     with torch.inference_mode():
