@@ -21,12 +21,13 @@ What depends on weights alone is worked out, and all weights become buffers of t
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from vmeanba_fx.analysis.evaluate import attribute, evaluate, is_parameter_only, shape_of
+from vmeanba_fx.analysis.evaluate import Unprovable, attribute, evaluate, is_parameter_only, shape_of
 from vmeanba_fx.errors import GraphCheckError
 from vmeanba_fx.graph import Emitter, aten, graph_modules, positional, remove_dead_code, value, with_flat_weights
 
@@ -52,7 +53,8 @@ def pack_weights(gm: fx.GraphModule, batch: int = 1) -> fx.GraphModule:
     _fold_constants(gm)
     for node in list(gm.graph.nodes):
         if node.target in _LAYERS and _is_packable(node):
-            (_pack_linear if node.target is aten.linear.default else _pack_conv)(gm, node, batch)
+            with contextlib.suppress(Unprovable):  # where height and width are open: oneDNN lays out for one size
+                (_pack_linear if node.target is aten.linear.default else _pack_conv)(gm, node, batch)
     for scan in gm.graph.find_nodes(op="call_function", target=torch.ops.vmeanba_fx.ss2d.default):
         table = positional(scan)[2]
         if table.op == "get_attr":  # the kernel reads this table in float32
@@ -92,12 +94,13 @@ def _pack_linear(gm: fx.GraphModule, layer: fx.Node, batch: int) -> None:
 
 def _pack_conv(gm: fx.GraphModule, layer: fx.Node, batch: int) -> None:
     x, weight, *options = positional(layer)
+    size = list(shape_of(x, batch))
     bias, stride, padding, dilation, groups = (_CONV | dict(zip(_CONV, options, strict=False))).values()
     if not value(x).is_contiguous(memory_format=torch.channels_last):
         x = Emitter(gm.graph, layer, NAME)(aten.contiguous.default, x, memory_format=torch.channels_last)
     where = padding, stride, dilation, groups
     kernel = attribute(weight).detach().contiguous(memory_format=torch.channels_last)
-    reordered = mkldnn._reorder_convolution_weight(kernel, *where, list(shape_of(x, batch)))
+    reordered = mkldnn._reorder_convolution_weight(kernel, *where, size)
     packed = _buffer(gm, layer, weight, reordered)
     last, *activation = _activation(layer, _only_reader(layer))
     new = _replace(last, mkldnn._convolution_pointwise.default, x, packed, bias, *where, *activation)

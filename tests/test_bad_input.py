@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import vmeanba_fx
 from tests import zoo
@@ -75,6 +76,14 @@ def test_example_inputs_that_are_none(args):
 
 
 # -- loaders ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_batch(captured):
+    x, y = zoo.labelled(1, 4)[0]
+    with pytest.raises(CalibrationError, match=r"a data set of single items: give DataLoader"):
+        calibrate(captured, TensorDataset(x, y))
+    with pytest.raises(CalibrationError, match="batch 1 of the calibration loader is empty"):
+        calibrate(captured, [(x, y), (x[:0], y[:0])])
 
 
 def test_empty_loader(captured):

@@ -240,8 +240,7 @@ class Emitter:
         with self.graph.inserting_before(self.before):
             node = self.graph.get_attr(fresh)
         node.meta[MADE_BY] = self.made_by
-        mode = fake_mode(self.graph)
-        node.meta["val"] = mode.from_tensor(tensor) if mode is not None else tensor
+        node.meta["val"] = _fake(self.graph, tensor)
         return node
 
 
@@ -249,6 +248,32 @@ def fake_mode(graph: fx.Graph) -> Any:
     """The fake-tensor mode the values of ``graph`` belong to, or ``None``."""
     values = [n.meta["val"] for n in graph.nodes if "val" in n.meta]
     return detect_fake_mode(values)
+
+
+def _fake(graph: fx.Graph, tensor: torch.Tensor) -> torch.Tensor:
+    """The value of a node that reads ``tensor``, whose sizes are numbers."""
+    mode = fake_mode(graph)
+    return tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
+
+
+def follow_weights(gm: fx.GraphModule) -> fx.GraphModule:
+    """``gm`` with values that fit its weights, where those were cast or moved after the capture (``gm.half()``)."""
+    weights = {n: read_attribute(gm, str(n.target)) for n in gm.graph.find_nodes(op="get_attr")}
+    weights = {n: t for n, t in weights.items() if isinstance(t, torch.Tensor)}
+    became = {_kind(value(n)): t for n, t in weights.items() if _kind(value(n)) != _kind(t)}
+    for node in gm.graph.nodes if became else ():
+        if node in weights:
+            node.meta["val"] = _fake(gm.graph, weights[node])
+        elif node.op == "call_function":
+            refresh(node)
+        elif node.op == "placeholder" and isinstance(value(node), torch.Tensor):
+            with fake_mode(gm.graph) or contextlib.nullcontext():
+                node.meta["val"] = value(node).to(became.get(_kind(value(node)), value(node)))
+    return gm
+
+
+def _kind(tensor: torch.Tensor) -> tuple[torch.dtype, torch.device]:
+    return tensor.dtype, tensor.device
 
 
 def refresh(node: fx.Node) -> None:

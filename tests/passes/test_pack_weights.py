@@ -7,9 +7,10 @@ from torch import nn
 from vmeanba_fx.passes import pack_weights as pack_pass
 
 import vmeanba_fx
-from tests.helpers import relative_error
-from tests.passes.cases import planned, targets
+from tests.helpers import make_scan_matter, relative_error
+from tests.passes.cases import COMMON, VARIANTS, planned, targets
 from vmeanba_fx.graph import aten
+from vmeanba_fx.models import VSSM
 
 packed_ops = torch.ops.mkldnn
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
@@ -39,11 +40,36 @@ def test_bfloat16():
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this machine has no bfloat16 products")
     plan, x = planned("v05_noz", torch.float32)
-    gm = plan.apply(0)
-    baked = vmeanba_fx.bake_autocast(gm, torch.bfloat16)
+    for k in (0, len(plan.sites)):
+        gm = plan.apply(k)
+        baked = vmeanba_fx.bake_autocast(gm, torch.bfloat16)
+        with torch.no_grad():
+            exact, packed = gm(x), vmeanba_fx.pack_weights(baked)(x)
+            assert relative_error(packed.float(), exact) < 2 * relative_error(baked(x).float(), exact) + 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_graph_that_was_cast(dtype):
+    """What its nodes say of their values is of before the cast."""
+    plan, x = planned("v05_noz", torch.float32)
+    for k in (0, len(plan.sites)):
+        gm, images = plan.apply(k).to(dtype), x.to(dtype)
+        packed, unrolled = vmeanba_fx.pack_weights(gm), vmeanba_fx.unroll_depthwise(gm)
+        assert all(n.meta["val"].dtype == dtype for n in packed.graph.find_nodes(op="placeholder"))
+        with torch.no_grad():
+            expected = gm(images)
+            for found in (packed(images), unrolled(images)):
+                assert found.dtype == dtype and relative_error(found, expected) < 10 * torch.finfo(dtype).eps
+
+
+def test_open_height_and_width():
+    model = make_scan_matter(VSSM(**COMMON, **VARIANTS["v05_noz"])).eval()
+    x = torch.randn(2, 3, 28, 44, generator=torch.Generator().manual_seed(0))
+    gm = vmeanba_fx.transform(vmeanba_fx.capture(model, x, dynamic_size=True), [x], k=1)
+    packed = vmeanba_fx.pack_weights(gm)
     with torch.no_grad():
-        exact, packed = gm(x), vmeanba_fx.pack_weights(baked)(x)
-        assert relative_error(packed.float(), exact) < 2 * relative_error(baked(x).float(), exact) + 1e-3
+        for images in (x, torch.cat([x, x], 3)):
+            assert relative_error(packed(images), gm(images)) < 1e-5
 
 
 class Layers(nn.Module):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from ..errors import CalibrationError
 from .metrics import Batch, unpack
@@ -45,10 +46,16 @@ class Batches:
             self.first = next(self._stream)
         except StopIteration:
             raise CalibrationError("the calibration loader is empty: it gave no batch") from None
+        label = self.first.labels
+        if isinstance(loader, Dataset) and (isinstance(label, int) or (isinstance(label, Tensor) and not label.dim())):
+            raise CalibrationError("the loader is a data set of single items: give DataLoader(dataset, batch_size)")
 
     def _read(self) -> Iterator[Batch]:
-        for raw in itertools.islice(self._loader, self._limit):
-            yield unpack(raw, self._transform)
+        for i, raw in enumerate(itertools.islice(self._loader, self._limit)):
+            batch = unpack(raw, self._transform)
+            if not batch.size:
+                raise CalibrationError(f"batch {i} of the calibration loader is empty: it holds no samples")
+            yield batch
 
     def __len__(self) -> int:
         """Batches read so far."""
