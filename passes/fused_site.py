@@ -42,8 +42,9 @@ def channel_first(emit: Emitter, cross: CrossScan) -> fx.Node:
     if cross.last:
         x = emit(aten.permute.default, x, [0, dims - 1, *range(1, dims - 1)])
     if dims == 3:
-        x = emit(aten.unflatten.int, x, 2, [cross.height, cross.width])
-    return x
+        return emit(aten.unflatten.int, x, 2, [cross.height, cross.width])
+    sizes = [cross.channels, cross.height, cross.width]
+    return x if list(value(x).shape[1:]) == sizes else emit(aten.reshape.default, x, [-1, *sizes])
 
 
 def restore_shape(emit: Emitter, merged: fx.Node, merge: Merge) -> fx.Node:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
+from torch.func import functional_call
 
 from vmeanba_fx.errors import GraphCheckError
 
@@ -31,8 +32,10 @@ def outputs_of(gm: fx.GraphModule, args: tuple[tuple[Any, ...], dict[str, Any]] 
     """The tensors that ``gm`` gives for (args, kwargs), in full precision; none without inputs."""
     if args is None:
         return []
+    buffers = {name: t.clone() for name, t in gm.named_buffers()}  # a model may write into them: the next run starts alike
     with torch.no_grad(), torch.random.fork_rng(devices=[]), _without_tf32():
-        return [t for t in pytree.tree_leaves(gm(*args[0], **args[1])) if isinstance(t, Tensor)]
+        outputs = functional_call(gm, buffers, args[0], dict(args[1]))
+    return [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
 
 
 def compare_outputs(expected: list[Tensor], found: list[Tensor], name: str) -> None:

@@ -9,6 +9,7 @@ from torch import fx, nn
 from tests import zoo
 from tests.capturing.models import InPlaceBlock, StaticBatch, StaticSize
 from tests.helpers import agrees, relative_error
+from vmeanba_fx import transform
 from vmeanba_fx.capturing.capture import capture, capture_info
 from vmeanba_fx.errors import CaptureError, GuardError
 from vmeanba_fx.graph import mutates, scan_nodes
@@ -122,6 +123,21 @@ def test_keyword_inputs_and_structured_outputs():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+class TakesAnything(WithOptions):
+    def forward(self, images, **further):
+        return super().forward(images, **{k: v for k, v in sorted(further.items()) if k != "text"})
+
+
+def test_inputs_in_kwargs_are_dynamic_too():
+    model = TakesAnything().eval()
+    gm = capture(model, (zoo.images(3),), {"scale": torch.rand(3), "negate": True, "text": "a"})
+    for batch in (1, 5):
+        given = {"text": "a", "negate": True, "scale": torch.rand(batch)}
+        with torch.no_grad():
+            found, expected = gm(zoo.images(batch), **given), model(zoo.images(batch), **given)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_positional_and_nested_inputs():
     class Nested(nn.Module):
         def __init__(self):
@@ -191,6 +207,32 @@ class KeepsFeatures(zoo.TinyNet):
 
 
 @pytest.mark.skipif(torch.__version__.startswith("2.9."), reason="torch.export of PyTorch 2.9 refuses such models")
+class Averages(nn.Module):
+    """Subtracts a running mean, in evaluation too."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = zoo.live(1)
+        self.register_buffer("mean", torch.zeros(3, 1, 1))
+
+    def forward(self, x):
+        self.mean.mul_(0.5).add_(x.mean((0, 2, 3))[:, None, None])
+        return self.net(x - self.mean)
+
+
+def test_a_model_that_writes_into_its_buffers_starts_where_it_was():
+    gm = capture(Averages(), zoo.images(3))
+    (note,) = capture_info(gm).notes
+    assert "writes into its buffers (mean)" in note
+    replaced = transform(gm, [zoo.images(3)], sites="*", verify=True)
+    exact = transform(gm, [zoo.images(3)], k=0, verify=True)
+    assert not bool(gm.mean.any()) and not bool(replaced.mean.any())
+    model = Averages().eval()
+    for seed in range(3):
+        assert agrees(exact, model, zoo.images(2, seed=seed))
+    torch.testing.assert_close(exact.mean, model.mean)
+
+
 def test_results_of_the_last_forward_are_no_obstacle():
     model = as_class(KeepsFeatures, zoo.tiny(1))
     model(zoo.images())
@@ -316,6 +358,13 @@ class WantsCuda(nn.Module):
     def forward(self, x):
         offset = torch.zeros(1, 3, 1, 1, device="cuda") + torch.ones(1, device=torch.device("cuda", 0))
         return self.net(x.cuda() + offset.to("cuda:0")).to(device="cuda")
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization", "ignore:.*TypedStorage", "ignore:.*quantize")
+def test_quantised_layers_are_refused_with_a_remedy():
+    model = torch.ao.quantization.quantize_dynamic(zoo.tiny(1), {"head"}, dtype=torch.qint8)
+    with pytest.raises(CaptureError, match=r"does not take quantised layers.*rewrite the model first"):
+        capture(model, zoo.images())
 
 
 def test_code_that_names_cuda_is_captured_without_one():

@@ -73,6 +73,28 @@ class Windows(Mixer):
         return full.reshape(*walk.shape[:2], 2 * tall, 2 * wide)[:, :, :height, :width]
 
 
+class Frames(Mixer):
+    """The rows of the map as the frames of a video: walks over (B, D, T, H, W) in three orders."""
+
+    def spread(self, u: Tensor) -> Tensor:
+        u = torch.tanh(u[:, :, :, None])
+        return torch.stack([u.flatten(2), u.permute(0, 1, 3, 4, 2).flatten(2), u.flatten(2).flip(-1)], dim=1)
+
+    def gather(self, y: Tensor, height: int, width: int) -> Tensor:
+        columns = y[:, 1].unflatten(-1, (1, width, height)).permute(0, 1, 4, 2, 3).flatten(2)
+        return (y[:, 0] + columns + y[:, 2].flip(-1)).unflatten(-1, (height, width))
+
+
+class Sequence(Mixer):
+    """One walk, with an axis for its direction in front of the channels."""
+
+    def spread(self, u: Tensor) -> Tensor:
+        return torch.tanh(u.flatten(2)[:, None])
+
+    def gather(self, y: Tensor, height: int, width: int) -> Tensor:
+        return y[:, 0].unflatten(-1, (height, width))
+
+
 class Strided(Mixer):
     """An atrous scan: each of the four directions walks over every second patch, and the merge writes into a buffer."""
 
@@ -157,6 +179,8 @@ class KeepsState(EightWays):
 STRUCTURES = {
     "8 directions": (EightWays, 8),
     "local windows": (Windows, 2),
+    "video": (Frames, 3),
+    "sequence": (Sequence, 1),
     "strided": (Strided, 4),
     "per-direction gates": (GatedDirections, 4),
     "one call per direction": (OneByOne, 4),

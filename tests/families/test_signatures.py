@@ -213,7 +213,20 @@ def complex_scan(u, delta, A, B, C):
     return zoo.loop_scan(u, delta, A.real, B, C)[0]
 
 
+def scan_of_one(u, delta, A, B, C):
+    """Starts from no tensor of its own: torch cannot export one that is made under vmap."""
+    h, ys = 0.0, []
+    for t in range(u.shape[-1]):
+        step = delta[..., t, None]
+        h = torch.exp(step * A) * h + step * B[..., t].repeat_interleave(6, dim=-2) * u[..., t, None]
+        ys.append((h * C[..., t].repeat_interleave(6, dim=-2)).sum(-1))
+    return torch.stack(ys, dim=-1)
+
+
 REFUSED = {
+    "under vmap": (
+        lambda u, d, A, B, C: torch.vmap(scan_of_one, in_dims=(0, 0, None, 0, 0))(u, d, A, B, C), "under torch.vmap"
+    ),
     "another discretisation": (lambda *call: discretised_scan(*call, discretization="zoh"), "discretises by 'zoh'"),
     "a decay of its own": (lambda u, d, *call: discretised_scan(u, d, *call, deltaA=d), "given deltaA"),
     "initial state": (lambda u, d, A, B, C: given_state(u, d, A, B, C, torch.ones_like(u)), "a tensor 'initial_state'"),

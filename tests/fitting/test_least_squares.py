@@ -70,6 +70,16 @@ def test_equals_the_dense_reduced_rank_regression(rank):
     assert fit.W.shape == (1, rank, 5) and fit.V.shape == (1, 5, rank)
 
 
+def test_nothing_is_fitted_to_what_does_not_vary():
+    """Calibration images of one colour: u is the same everywhere, and no share of the scan may be put down to it."""
+    layout, rows = Layout(2, 4), rows_of(2, 4)
+    rows[..., layout.u] = 0.5
+    fit, energy = fitted(rows, layout, 2, skip=True)
+    without, expected = fitted(rows, layout, 2, skip=False)
+    assert energy == pytest.approx(expected, abs=1e-6) and float(fit.s.abs().max()) < 1e-3
+    torch.testing.assert_close(predicted(fit, rows, layout), predicted(without, rows, layout), rtol=1e-4, atol=1e-4)
+
+
 def test_full_rank_is_least_squares_over_all_directions_and_the_skip():
     layout = Layout(3, 4)
     rows = rows_of(3, 4)

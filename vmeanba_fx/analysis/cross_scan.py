@@ -278,9 +278,8 @@ def _is_fresh(node: fx.Node) -> bool:
 def _geometry(shape: tuple[int, ...], last: bool, order: Tensor) -> tuple[int, int, tuple[int, ...]]:
     """(H, W, direction codes); no codes where the orders are none of the eight."""
     length = order.shape[1]
-    if len(shape) == 3:
-        sizes = [tuple(shape[:2] if last else shape[1:])]
-    else:
+    sizes = [tuple(shape[:-1] if last else shape[1:])]
+    if len(sizes[0]) != 2 or _numel(sizes[0]) != length:  # tokens, a video, or an axis of one before the channels
         sizes = [(h, length // h) for h in range(1, length + 1) if length % h == 0]
         sizes.sort(key=lambda s: abs(s[0] - s[1]))
     for height, width in sizes:

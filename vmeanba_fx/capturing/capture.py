@@ -37,7 +37,7 @@ from .confinement import capturing, forget_sizes, on_the_cpu, one_at_a_time
 from .copies import device_of, move_to_device, private_copy
 from .discovery import Discovery
 from .emission import emit_scan, module_stack
-from .examples import batch_size, shapes_of, with_batch
+from .examples import batch_size, name_keywords, shapes_of, with_batch
 from .guards import drop_implied_bounds, drop_needless_guards, failed_guard, module_of
 from .intercept import Interception, intercept
 from .registry import ScanCall, is_scan
@@ -141,6 +141,8 @@ def capture(
     _release_trace(gm)
     if drawn := sorted({str(n.target) for owner in graph_modules(gm) for n in owner.graph.nodes if _is_random(n)}):
         trace.notes.append(f"the model draws random numbers ({', '.join(drawn)}): no two runs, nor scores, are the same")
+    if written := _restore_buffers(gm, model):
+        trace.notes.append(f"the model writes into its buffers ({', '.join(written)}): its outputs may depend on earlier calls")
     info = CaptureInfo(
         trace.args, trace.kwargs, _dynamic_dims(gm), tuple(trace.refused), tuple(trace.lookalikes), tuple(trace.notes)
     )
@@ -197,9 +199,10 @@ def _with_free_batch(
 
 
 def _functional(trace: _Trace) -> fx.GraphModule:
-    """The traced graph without in-place operators, as far as that is possible: passes and scores rely on data flow."""
+    """The traced graph without in-place operators and open ``torch.vmap`` regions, as far as that is possible: passes and
+    scores rely on data flow."""
     gm = _plain(trace.gm)
-    if not any(mutates(node) for owner in graph_modules(gm) for node in owner.graph.nodes):
+    if not any(mutates(node) or _is_vmap(node) for owner in graph_modules(gm) for node in owner.graph.nodes):
         return gm
     try:
         functional = trace.program.run_decompositions({}).module()
@@ -208,6 +211,21 @@ def _functional(trace: _Trace) -> fx.GraphModule:
     except Exception as error:  # whatever torch raises for a graph it cannot retrace
         log.info("in-place operators stay in the graph (%s)", error)
         return gm
+
+
+def _is_vmap(node: fx.Node) -> bool:
+    """Whether a node enters or leaves a ``torch.vmap`` region, which no data flow tells from a dead one."""
+    return getattr(node.target, "__module__", None) == "torch._functorch.predispatch"
+
+
+def _restore_buffers(gm: fx.GraphModule, model: nn.Module) -> list[str]:
+    """Buffers that the graph writes into get the model's own values again: the capture has run the copy. Their names."""
+    own = dict(model.named_buffers())
+    written = {str(node.args[0].target): node.args[0] for node in gm.graph.nodes if mutates(node) and node.args}
+    names = sorted(name for name, node in written.items() if node.op == "get_attr" and name in own)
+    for name in names:
+        gm.get_buffer(name).copy_(own[name].detach())
+    return names
 
 
 def _is_random(node: fx.Node) -> bool:
@@ -276,6 +294,7 @@ def _traced_paths(model: nn.Module) -> list[str]:
 def _export(
     private: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, batch: int | None, dynamic_size: bool
 ) -> _Trace:
+    name_keywords(private, kwargs)
     shapes = torch.export.ShapesCollection()
     for t in pytree.tree_leaves((args, kwargs)):
         if isinstance(t, Tensor) and t.dim() > 0:
@@ -338,6 +357,8 @@ def _hints(message: str, interception: Interception, found: Discovery, stacks: l
             "inputs given by name go in by the names of the model's parameters; for batches with other names there is "
             "calibrate(..., transform_fn=lambda batch: (inputs, labels))"
         ]
+    if "__obj_flatten__" in message:
+        return ["torch.export does not take quantised layers with packed weights: rewrite the model first, then quantise it"]
     hints = [f"{where or 'the model'} has a scan that is refused: {why}" for where, why in interception.refused[:1]]
     if found.lookalikes:
         likely = "; ".join(sorted(found.lookalikes))

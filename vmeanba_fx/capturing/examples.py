@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CaptureError
 
@@ -38,3 +39,20 @@ def with_batch(
 def shapes_of(inputs: Any) -> str:
     """Shapes of the tensors in ``inputs``, for messages."""
     return ", ".join(str(tuple(t.shape)) for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor))
+
+
+def name_keywords(model: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Give the ``forward(..., **kwargs)`` of ``model``, a private copy, parameters of these names: ``torch.export`` takes no
+    dynamic sizes for inputs in ``**kwargs``."""
+    forward, signature = model.forward, inspect.signature(model.forward)
+    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    further = kwargs.keys() - {p.name for p in named}
+    if len(named) == len(signature.parameters) or not further:
+        return
+
+    def explicit(*args: Any, **given: Any) -> Any:
+        return forward(*args, **given)
+
+    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in kwargs if name in further]
+    explicit.__signature__ = signature.replace(parameters=[*named, *own])  # type: ignore[attr-defined]
+    model.forward = explicit  # type: ignore[method-assign]

@@ -109,6 +109,8 @@ class Interception:
         bound = _bind(signature, args, kwargs, name)
         self._entered += 1
         try:
+            if any(torch._C._functorch.is_batchedtensor(t) for t in bound.arguments.values() if isinstance(t, Tensor)):
+                raise Refusal("it is called under torch.vmap, for which the scan op has no rule")
             call = _adapted(spec, name, bound)
         except Refusal as refusal:
             self._entered -= spec.proof  # not a scan by its arguments either

@@ -148,7 +148,8 @@ class _Problem:
 
 
 def _penalty(gram: Tensor, ridge: float) -> Tensor:
-    return ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    mean = gram.diagonal().mean()
+    return ridge * torch.where(mean > 0, mean, 1.0)  # where nothing varies, nothing is fitted to it
 
 
 def _cholesky(gram: Tensor, ridge: float) -> Tensor:
