@@ -3,6 +3,7 @@
 import csv
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from benchmarks import end_to_end, kernels, roofline, running, ss2d, summary
 from benchmarks.running import Jobs, Turn
 
+ROOT = Path(__file__).resolve().parent.parent
 CARD = roofline.Card(copy=1e12, product=1e14, clock=1e9, processors=100)
 
 
@@ -91,6 +93,47 @@ def test_summary_names_what_is_missing(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         summary.main()
     assert "missing.csv: no such CSV file" in capsys.readouterr().err
+
+
+MODELS = {"T": ("vmamba_tiny_s1l8", 14), "S": ("vmamba_small_s1l20", 26), "B": ("vmamba_base_s1l20", 26)}
+KINDS = {"bf16": "ampbf16", "fp32": "fp32", "fp32 (TF32 allowed)": "fp32"}
+
+
+def gpu_tables_of_the_readme():
+    """(model, precision, batch, mode, unrolled) and the four cells of each row."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## On a GPU")[1].split("\n## ")[0]
+    model = ""
+    for line in section.splitlines():
+        if not (line.startswith("| VMamba-") or line.startswith("| | ")):
+            continue
+        head, second, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        name, _, kind = head.removeprefix("VMamba-").partition(", ")
+        model = name or model
+        mode, _, unrolled = second.partition(", ")
+        if kind:
+            yield (model, KINDS[kind], "128", "compiled", False), [second, *cells]
+        elif second.isdigit():
+            yield (model, "amp16", second, "compiled, CUDA graph", False), cells
+        elif mode in ("eager", "compiled"):
+            yield (model, "amp16", "128", mode, bool(unrolled)), cells
+
+
+def test_gpu_tables_of_the_readme_are_those_of_the_results():
+    with open(ROOT / "benchmarks" / "results" / "end_to_end_NVIDIA-H100-80GB-HBM3_torch2.11.0.csv", newline="") as file:
+        of = {tuple(row[f] for f in end_to_end.FIELDS[:5]): float(row["ms"]) for row in csv.DictReader(file)}
+    found = 0
+    for (model, precision, batch, mode, unrolled), cells in gpu_tables_of_the_readme():
+        name, n = MODELS[model]
+        suffix = (", baked" if precision != "fp32" else "") + (", unrolled" if unrolled else "")
+        variants = ["official", *(f"ours k={k}{suffix}" for k in (0, n // 2, n))]
+        ms = [of[name, precision, batch, variant, mode] for variant in variants]
+        for cell, measured in list(zip(cells, ms, strict=True))[unrolled:]:
+            shown, *factor = cell.split(" ")
+            digits = len(shown.partition(".")[2])
+            assert shown == f"{measured:.{digits}f}", (model, mode, cell, measured)
+            assert factor in ([], [f"({ms[0] / measured:.1f})"]), (model, mode, cell)
+            found += 1
+    assert found == 9 * 4 - 3 + 6 * 4 + 6 * 4
 
 
 def hold(path, number, log):

@@ -207,7 +207,10 @@ def pick(names: Iterable[str]) -> list[Task]:
     for task in chosen:
         if not task.weights.is_file():
             print(f"{task.name}: left out, no {task.weights}", file=sys.stderr)
-    return [task for task in chosen if task.weights.is_file()]
+    here = [task for task in chosen if task.weights.is_file()]
+    if chosen and not here:
+        sys.exit("there is nothing to do without weights")
+    return here
 
 
 @torch.inference_mode()
