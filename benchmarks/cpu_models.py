@@ -18,7 +18,9 @@ forwards one after another. "peak" is the most that the CPU allocator held durin
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -72,7 +74,7 @@ def resnet50() -> nn.Module:
 class ChannelsLast(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = model.to(memory_format=torch.channels_last)
+        self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x.contiguous(memory_format=torch.channels_last))
@@ -150,7 +152,7 @@ def measure(build: Callable, module, batch: int, dtype: torch.dtype, seconds: fl
         for name, difference in exact.items():
             if not difference < limit:
                 raise SystemExit(f"{name} is wrong by {difference:.1e} in {dtype}; no speed is printed")
-        rows = []
+        rows: list[list[Any]] = []
         for (name, (model, x)), milliseconds in zip(runs.items(), times(list(runs.values()), seconds), strict=True):
             kind = "float32" if x.dtype == torch.float32 and "autocast" not in name else "bfloat16"
             full = name if name == "ResNet-50" else f"{build.__name__}, {name}"
@@ -160,7 +162,7 @@ def measure(build: Callable, module, batch: int, dtype: torch.dtype, seconds: fl
 
 def times(runs: list[tuple[Callable, Tensor]], seconds: float) -> list[float]:
     """Median milliseconds of each, the better of two rounds: a slow moment of the machine should not meet one of them alone."""
-    rounds = [[median(lambda run=run: run[0](run[1]), seconds / len(runs) / 2) for run in runs] for _ in range(2)]
+    rounds = [[median(partial(model, x), seconds / len(runs) / 2) for model, x in runs] for _ in range(2)]
     return [min(pair) for pair in zip(*rounds, strict=True)]
 
 
@@ -190,7 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     if options.without_numba:
-        cpu_jit._kernels = lambda: None
+        cpu_jit._kernels = lambda: None  # type: ignore[assignment]  # nothing to cache
     module = models
     if options.official:
         if not Path(options.official).is_file():
@@ -213,4 +215,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -115,12 +116,12 @@ def median(call: Callable[[], object], seconds: float) -> float:
 def measure(shape: tuple[int, ...], seconds: float) -> list:
     full, one = inputs(*shape)
     expected = naive.selective_scan(**doubled(full))
-    calls = {"official loop": official_loop, "tight loop": tight_loop, "selective_scan": scan}
+    calls: dict[str, Callable[..., Tensor]] = {"official loop": official_loop, "tight loop": tight_loop, "selective_scan": scan}
     for name, call in calls.items():
         require(name, error(call(**full), expected), shape)
     require("linear_scan", error(one_channel_scan(**one), naive.linear_scan(**doubled(one))), shape)
-    official, tight, ours = (median(lambda call=call: call(**full), seconds / 4) for call in calls.values())
-    single = median(lambda: one_channel_scan(**one), seconds / 4)
+    official, tight, ours = (median(partial(call, **full), seconds / 4) for call in calls.values())
+    single = median(partial(one_channel_scan, **one), seconds / 4)
     return [*shape, official, tight, ours, official / ours, tight / ours, single, f"{single / ours:.1%}"]
 
 
@@ -139,9 +140,9 @@ def growth(states: int, seconds: float) -> list[list]:
         full, one = inputs(1, 4, 96, states, length)
         if length <= 1024:
             require("selective_scan", error(scan(**full), naive.selective_scan(**doubled(full))), (length,))
-        full_ms = median(lambda full=full: scan(**full), seconds)
-        one_ms = median(lambda one=one: one_channel_scan(**one), seconds)
-        product_ms = median(lambda full=full: full["u"] * full["delta"], seconds)
+        full_ms = median(partial(scan, **full), seconds)
+        one_ms = median(partial(one_channel_scan, **one), seconds)
+        product_ms = median(partial(torch.mul, full["u"], full["delta"]), seconds)
         rows.append([states, length, full_ms, 1e6 * full_ms / (4 * 96 * states * length), one_ms, product_ms])
     return rows
 
@@ -197,4 +198,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

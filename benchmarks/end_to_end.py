@@ -35,7 +35,7 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a process that ha
 
 import torch
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -179,7 +179,7 @@ def build(args: argparse.Namespace, module: types.ModuleType, name: str) -> list
 def at_precision(variants: list[Variant], dtype: torch.dtype | None, ours: list[str]) -> Iterator[Variant]:
     """The variants as they run at a precision; None: in fp32."""
     for v in variants:
-        if dtype is None or not v.ours:
+        if dtype is None or not isinstance(v.model, fx.GraphModule):
             yield replace(v, autocast=dtype is not None)
             continue
         if "autocast" in ours:

@@ -149,8 +149,9 @@ class Bench:
         out = run_full(inputs)
         u, delta, A, B, C, bias = inputs
         for b in {0, batch - 1}:
-            part = [t[b : b + 1] for t in (u, delta)] + [A] + [t[b : b + 1] for t in (B, C)]
-            check(f"selective_scan {shape}", out[b : b + 1], full_reference(*part, bias), TOLERANCE[self.dtype])
+            item = slice(b, b + 1)
+            expected = full_reference(u[item], delta[item], A, B[item], C[item], bias)
+            check(f"selective_scan {shape}", out[item], expected, TOLERANCE[self.dtype])
         moved = size(*inputs, out)
         del out
         copies = sets_for(moved, lambda: tuple(t.clone() for t in inputs))
@@ -166,16 +167,14 @@ class Bench:
             return torch.ops.vmeanba_fx.selective_scan_backward(grad, u, delta, A, B, C, None, None, bias, True)
 
         # The gradient of u alone, from its own adjoint scan, for one batch item.
-        part = [t[:1].clone() for t in (u, delta)] + [A] + [t[:1] for t in (B, C)]
-        part[0] = part[0].double().requires_grad_()
-        part[1] = part[1].double().requires_grad_()
-        full_reference(*part, bias).backward(grad[:1].double())
+        leaves = [t[:1].clone().double().requires_grad_() for t in (u, delta)]
+        full_reference(leaves[0], leaves[1], A, B[:1], C[:1], bias).backward(grad[:1].double())
         gradients = ours()
-        for name, got, leaf in zip(("du", "ddelta"), gradients, part, strict=False):
+        for name, got, leaf in zip(("du", "ddelta"), gradients, leaves, strict=False):
             tolerance = max(3e-5, TOLERANCE[self.dtype])
             check(f"selective_scan_backward {name} {shape}", got[:1], leaf.grad, tolerance)
         moved = size(grad, u, delta, A, B, C, *gradients)
-        del gradients, part
+        del gradients, leaves
         time_us = graph_time([ours])
         official = None
         if self.official:
@@ -199,9 +198,10 @@ class Bench:
         out = run_one(inputs, merge)
         u, delta, A, B, C, bias = inputs
         for b in {0, batch - 1}:
-            part = [t[b : b + 1] for t in (u, delta)] + [A] + [t[b : b + 1] for t in (B, C)]
-            merged = out[b : b + 1] if merge else out[b : b + 1].sum(1)
-            check(f"shared_scan2d {shape} rank {rank}", merged, one_reference(*part, bias), TOLERANCE[self.dtype])
+            item = slice(b, b + 1)
+            merged = out[item] if merge else out[item].sum(1)
+            expected = one_reference(u[item], delta[item], A, B[item], C[item], bias)
+            check(f"shared_scan2d {shape} rank {rank}", merged, expected, TOLERANCE[self.dtype])
         moved = size(*inputs, out)
         copies = sets_for(moved, make)
         time_us = graph_time([lambda i=i: run_one(i, merge) for i in copies])

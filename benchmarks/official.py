@@ -16,6 +16,7 @@ import sys
 import types
 import warnings
 from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 import torch
@@ -26,7 +27,7 @@ def vmamba_tiny_s1l8():
     return load_official(os.environ["OFFICIAL_VMAMBA"], os.environ["OFFICIAL_SO"]).vmamba_tiny_s1l8()
 
 
-def load_official(path: str, extension: str | None = None, *, triton: bool = True) -> types.ModuleType:
+def load_official(path: str, extension: str | None = None, *, triton: bool = True) -> Any:
     """The official file, with its own CUDA scan where there is an ``extension``.
 
     timm and fvcore, needed for training and counting, are stand-ins; without ``triton`` so is Triton, which makes the file take
@@ -50,8 +51,10 @@ def load_official(path: str, extension: str | None = None, *, triton: bool = Tru
     return module
 
 
-def _import(name: str, path: str) -> types.ModuleType:
+def _import(name: str, path: str) -> Any:
     spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no module that Python can import")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

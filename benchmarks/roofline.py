@@ -132,8 +132,9 @@ def trace(run: Any, images: Tensor) -> list[dict[str, Any]]:
 def of_trace(events: list[dict[str, Any]], card: Card) -> Iterator[Kernel]:
     """The kernels, each with the operator that launched it."""
     ops = [e for e in events if e.get("cat") == "cpu_op" and ("::" in e["name"] or e["name"].startswith("triton"))]
-    outermost: dict[int, dict[str, Any]] = {}
-    end, outer = -math.inf, None
+    outermost: dict[int, dict[str, Any] | None] = {}
+    outer: dict[str, Any] | None = None
+    end = -math.inf
     for op in sorted(ops, key=lambda e: (e["ts"], -e["dur"])):
         if op["ts"] >= end:
             end, outer = op["ts"] + op["dur"], op
@@ -141,11 +142,11 @@ def of_trace(events: list[dict[str, Any]], card: Card) -> Iterator[Kernel]:
     launched = defaultdict(list)
     for event in events:
         if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
-            op = outermost.get(event["args"].get("External id"))
-            launched[id(op or event)].append((event["dur"] / 1e6, event["name"], op))
+            launcher = outermost.get(event["args"].get("External id"))
+            launched[id(launcher or event)].append((event["dur"] / 1e6, event["name"], launcher))
     for group in launched.values():
-        _, name, op = max(group, key=lambda launch: launch[0])
-        yield kernel(name, sum(seconds for seconds, *_ in group), op, card)
+        _, name, launcher = max(group, key=lambda launch: launch[0])
+        yield kernel(name, sum(seconds for seconds, *_ in group), launcher, card)
 
 
 def kernel(name: str, seconds: float, op: dict[str, Any] | None, card: Card) -> Kernel:

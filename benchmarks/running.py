@@ -34,7 +34,7 @@ class Jobs:
         if count > 1:  # a process that is forked must not have threads of OpenMP
             torch.set_num_threads(1)
         self.count = count
-        self.running: list[multiprocessing.Process] = []
+        self.running: list[multiprocessing.process.BaseProcess] = []
 
     def start(self, work: Callable[..., None], *args: Any) -> None:
         if self.count == 1:
@@ -81,7 +81,7 @@ def compiled_out_of_turn(
     def inductor(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         turn.give()
         with candidates_in_turn(turn):
-            compiled = compile_fx(gm, inputs, config_patches=options)
+            compiled: Any = compile_fx(gm, inputs, config_patches=options)
         turn.take()
         return compiled
 

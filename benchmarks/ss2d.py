@@ -60,8 +60,9 @@ def make_parameters(D, R, N, dtype):
 
 def check(inputs, parameters, out, dtype):
     """Relative error of one batch item; raises if it is too large."""
-    last = [t[-1:].double() for t in inputs]
-    expected = naive.ss2d(*last, *(t.double() for t in parameters), DIRECTIONS, None, True)
+    x, feats = (t[-1:].double() for t in inputs)
+    weight, A, D, bias = (t.double() for t in parameters)
+    expected = naive.ss2d(x, feats, weight, A, D, bias, DIRECTIONS, None, True)
     error = ((out[-1:].double() - expected).norm() / expected.norm()).item()
     if not error < TOLERANCE[dtype]:
         raise SystemExit(f"ss2d is wrong at {tuple(out.shape)}: relative error {error:.2e}")
@@ -71,11 +72,13 @@ def check(inputs, parameters, out, dtype):
 def measure(batch, D, side, R, N, dtype, channels_last):
     """Seconds of a call, and its relative error."""
     parameters = make_parameters(D, R, N, dtype)
+    weight, A, skip, bias = parameters
     count = 4 if batch * D * side * side * dtype.itemsize < 2**28 else 2
     sets = [make_inputs(batch, D, side, R, N, dtype, channels_last) for _ in range(count)]
 
     def call(inputs):
-        return ops.ss2d(*inputs, *parameters, DIRECTIONS, None, True)
+        x, feats = inputs
+        return ops.ss2d(x, feats, weight, A, skip, bias, DIRECTIONS, None, True)
 
     error = check(sets[0], parameters, call(sets[0]), dtype)
     return median_time(call, sets), error

@@ -63,7 +63,8 @@ def summary(rows: list[Row], mode: str) -> list[list[str]]:
         theirs = official[mode] or official[default]
         if not theirs or not ("graph" in mode or int(batch) > BOUND_BY_CPU):
             continue
-        than = [theirs] if mode == eager or not official[eager] else [theirs, official[eager]]
+        own_eager = official[eager]
+        than = [theirs] if mode == eager or not own_eager else [theirs, own_eager]
         short = model.split("_")[1][0].upper()
         for name, unrolled in ((short, False), (f"{short}, unrolled", True)):
             held = {replaced(r): r for r in of[mode] if unrolled == (UNROLLED in r["variant"]) and replaced(r) >= 0}

@@ -76,7 +76,7 @@ def curve(
         change = f"{100 * (found - base):+.2f}"
         rows.append([f"k = {k}", f"{100 * found:.2f}", change, f"{flops / 1e6:.2f}", milliseconds(gm, images)])
     head = ["sites replaced", "test accuracy, %", "change", "scan MFLOPs per image", f"ms per {len(images)} images"]
-    samples = len(test.dataset)
+    samples = len(test.dataset)  # type: ignore[arg-type]  # torch says so of no Dataset
     return tabulate(rows, head, disable_numparse=True, colalign=("left", *["right"] * 4)) + (
         f"\n{samples} test images; time: median, {torch.get_num_threads()} threads, {images.device.type}"
     )

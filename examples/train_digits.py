@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,7 +54,7 @@ def train(seed: int, epochs: int) -> VSSM:
     test = make_loader(*load_digits_images(train=False), 128)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=max(epochs * math.ceil(len(loader.dataset) / BATCH), 10), pct_start=0.1
+        optimizer, LEARNING_RATE, total_steps=max(epochs * len(loader), 10), pct_start=0.1
     )
     started = time.perf_counter()
     for epoch in range(1, epochs + 1):
@@ -102,11 +101,12 @@ def main() -> None:
         parser.error(f"--out: no folder {args.out.parent}")
 
     model = train(args.seed, args.epochs)
-    test = make_loader(*load_digits_images(train=False), 128)
+    images, labels = load_digits_images(train=False)
+    test = make_loader(images, labels, 128)
     reached = accuracy(model, test)
     metadata = {"test_accuracy": f"{reached:.4f}", "seed": args.seed, "epochs": args.epochs, "torch": torch.__version__}
     save_checkpoint(model, args.out, metadata)
-    print(f"test accuracy {reached:.2%} ({len(test.dataset)} images), written to {args.out}")
+    print(f"test accuracy {reached:.2%} ({len(labels)} images), written to {args.out}")
 
     sites = {name: module for name, module in model.named_modules() if isinstance(module, SS2D)}
     for name, site in sites.items():

@@ -17,7 +17,8 @@ from vmeanba_fx.errors import GraphCheckError
 @contextlib.contextmanager
 def _without_tf32() -> Iterator[None]:
     """On a GPU float32 convolutions may run in TF32, and then differ from the linear layers that a pass puts in their place."""
-    backends = torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn  # whose parts have no stubs
+    backends: tuple[Any, ...] = cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:

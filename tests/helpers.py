@@ -4,6 +4,7 @@ import copy
 import gzip
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,6 +48,7 @@ def make_scan_matter(model: nn.Module, seed: int = 0, out_gain: float = 3.0) -> 
 def without_scans(model: nn.Module) -> nn.Module:
     """A copy of a VMamba in which every C is zero: of each scan only the skip D * u is left."""
     model = copy.deepcopy(model)
+    module: Any
     for module in model.modules():
         if hasattr(module, "A_logs"):
             weight = module.x_proj_weight if hasattr(module, "x_proj_weight") else module.x_proj.weight

@@ -36,7 +36,7 @@ def read_torch(file: IO[bytes]) -> object:
     file.seek(0)
     if not zipped:  # the format before PyTorch 1.6
         return torch.load(_Counted(file), map_location="cpu", weights_only=True)
-    reader = torch._C.PyTorchFileReader(file)
+    reader: Any = torch._C.PyTorchFileReader(file)
     if reader.has_record("data.pkl") and record_size(reader, "data.pkl") > _MOST:
         raise ValueError(f"its pickle is longer than {_MOST // 2**20} MiB")
     file.seek(0)

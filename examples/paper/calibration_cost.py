@@ -8,6 +8,7 @@ The images are random numbers; the work is the same.
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from common import SHORT, VARIANTS
@@ -36,8 +37,9 @@ def main() -> None:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
+        options: dict[str, Any] = {"metric": "loss", "progress": False} | variant.calibrate
         started = time.perf_counter()
-        plan = vmeanba_fx.calibrate(model, loader, **{"metric": "loss", "progress": False} | variant.calibrate)
+        plan = vmeanba_fx.calibrate(model, loader, **options)
         scored = time.perf_counter()
         plan.apply(len(plan.sites) // 2, **variant.apply)
         if on_gpu:

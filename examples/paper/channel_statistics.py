@@ -98,7 +98,8 @@ def _median(parts: list[Tensor]) -> float:
 def measure(task: Task, args) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """The rows of a task's sites, and for the figure: y + D u (3, D, L) of each site, first direction, three images."""
     images, labels = task.load(args.data, True, 8 if args.quick else 256, 0, args.device)
-    plan = vmeanba_fx.calibrate(task.model(args.device), [(images[:4], labels[:4])], score_sites=False)
+    graph = vmeanba_fx.capture(task.model(args.device), (images[:4],))
+    plan = vmeanba_fx.calibrate(graph, [(images[:4], labels[:4])], score_sites=False)
     sites = {s.name: s for s in plan.sites}
     found = {name: Statistics() for name in sites}
     figure: dict[str, Tensor] = {}
@@ -110,7 +111,7 @@ def measure(task: Task, args) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
         found[name].skipped(y, sites[name].groups)
         figure.setdefault(name, y[:3, : sites[name].channels].float().cpu())
 
-    interpreter = Scans(plan.graph, see)
+    interpreter = Scans(graph, see)
     with torch.inference_mode():
         for part in images.split(64):
             interpreter.run(part)

@@ -216,13 +216,13 @@ def pick(names: Iterable[str]) -> list[Task]:
 @torch.inference_mode()
 def confusion(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 500) -> Tensor:
     """Counts (classes, classes): rows are labels, columns predictions; of pixels where labels are maps."""
-    counts = None
+    counts = []
     for x, y in zip(images.split(batch), labels.split(batch), strict=True):
         logits = model(x)
         classes = logits.shape[1]
-        found = torch.bincount((y * classes + logits.argmax(1)).flatten(), minlength=classes**2).view(classes, classes)
-        counts = found if counts is None else counts + found
-    return counts.double()
+        found = torch.bincount((y * classes + logits.argmax(1)).flatten(), minlength=classes**2)
+        counts.append(found.view(classes, classes))
+    return torch.stack(counts).sum(0).double()
 
 
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor, measure: str = "accuracy", batch: int = 500) -> float:
@@ -326,9 +326,9 @@ class Study:
         key = str(variant.calibrate)
         if key not in self._plans:
             # The curve on held-out images serves `max_drop=` alone; a greedy order is judged by it.
-            options = {"metric": "loss", "seed": self.seed, "progress": False, "held_out": "greedy" in variant.calibrate}
-            options |= variant.calibrate
-            self._plans[key] = vmeanba_fx.calibrate(self.graph, self.calibration, **options)
+            options: dict[str, Any] = {"metric": "loss", "held_out": "greedy" in variant.calibrate, **variant.calibrate}
+            plan = vmeanba_fx.calibrate(self.graph, self.calibration, seed=self.seed, progress=False, **options)
+            self._plans[key] = plan
         return self._plans[key]
 
     def apply(self, variant: Variant, k: int) -> nn.Module:

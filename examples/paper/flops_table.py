@@ -5,6 +5,8 @@
 Nothing is computed: the graphs run on fake tensors.
 """
 
+from typing import Any
+
 import torch
 from results import parser, provenance, write_csv, write_markdown
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -41,7 +43,7 @@ def rows_of(name: str, model: torch.nn.Module, images: torch.Tensor, plan: vmean
     width = [(s.groups * s.length * s.state, s.channels, s.groups * s.length * s.channels) for s in plan.sites]
     after = sum(positions * (channels + 10) + skip for positions, channels, skip in width)
     core = 1 - sum(p * (c + 10) for p, c, _ in width) / sum(9 * p * c for p, c, _ in width)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"model": name, "variant": "original", "GFLOPs": None, "scan GFLOPs": None, "counted by": "flop counter"},
         {"model": name, "variant": "paper's block at all sites", "counted by": "flop counter"},
         {"model": name, "variant": "all sites, exact passes", "counted by": "flop counter"},

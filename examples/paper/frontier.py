@@ -88,12 +88,13 @@ def times(
 
 def measure(name: str, build: Callable[[], nn.Module], data: list, images: Tensor, ks: list[int] | None, args) -> None:
     """Times a model and its forms, and writes as it goes. ``data``: batches that choose the sites; without labels, the last."""
-    path, rows = args.out / "frontier" / f"{name}{args.tag}.csv", []
+    path = args.out / "frontier" / f"{name}{args.tag}.csv"
+    rows: list[dict[str, Any]] = []
     until, turn = time.perf_counter() + args.seconds, Turn(args.lock)
 
     def add(variant: str, k: int, passes: str, model: nn.Module, expected: Tensor | None, official: Any = None) -> None:
         whole = passes == ALL
-        if whole and images.is_cuda:
+        if whole and images.is_cuda and isinstance(model, torch.fx.GraphModule):
             model = vmeanba_fx.bake_autocast(model, torch.float16)
         for row in times(model, images, expected, args.compile and (whole or not rows), not whole, official, turn):
             rows.append({"task": name, "variant": variant, "k": k, "passes": passes} | row)
@@ -118,7 +119,7 @@ def measure(name: str, build: Callable[[], nn.Module], data: list, images: Tenso
     cheaper = vmeanba_fx.calibrate(graph, data, mean="input", score_sites=False)
     for reduction in args.reductions:
         rank = reduction.removeprefix("rank")
-        options = {} if reduction == "mean" else {"reduce": "rank", "rank": int(rank)}
+        options: dict[str, Any] = {} if reduction == "mean" else {"reduce": "rank", "rank": int(rank)}
         metric = "loss" if scored else "kl"
         turn.take()
         plan = vmeanba_fx.calibrate(graph, data, metric=metric, held_out=False, score_sites=scored, progress=False, **options)

@@ -25,10 +25,10 @@ def rows_of(task: Task, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         calibration = batches(*task.load(args.data, True, count, 0, args.device), 32)
         graph = graph or vmeanba_fx.capture(task.model(args.device), (calibration[0][0][:2],))
         for variant in (VARIANTS["mean"], VARIANTS["rank4"]):
-            options = {"score": "both", "held_out": False, "progress": False} | variant.calibrate
+            options: dict[str, Any] = {"score": "both", "held_out": False, "progress": False} | variant.calibrate
             found = {m: vmeanba_fx.calibrate(graph, calibration, metric=m, **options).correlation() for m in METRICS}
             row = {"task": task.name, "images": count, "replaced by": SHORT[variant.name]}
-            yield row | {m: round(value, 4) for m, value in found.items()}
+            yield row | {m: float("nan") if value is None else round(value, 4) for m, value in found.items()}
 
 
 def main() -> None:

@@ -34,16 +34,18 @@ class Stages(nn.Module):
 
     def __init__(self, model: nn.Module, count: int) -> None:
         super().__init__()
-        self.model, self.count = model, count
+        self.model: Any = model  # what is no VSSM has tokens
+        self.count = count
 
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(self.model, VSSM):
             tokens = self.model.tokens(x)
             return tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
         x = self.model.embed(x)
-        for layer in self.model.layers[: self.count - 1]:
+        *before, last = self.model.layers[: self.count]
+        for layer in before:
             x = layer(x)
-        x = self.model.layers[self.count - 1].blocks(x)
+        x = last.get_submodule("blocks")(x)
         return x if self.model.channel_first else x.permute(0, 3, 1, 2)
 
 

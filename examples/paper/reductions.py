@@ -25,6 +25,7 @@ from vmeanba_fx.passes.rank_scan import RankFit
 
 from vmeanba_fx import ops
 from vmeanba_fx.graph import copy_graph
+from vmeanba_fx.plan import Plan
 
 RIDGE = 1e-4
 
@@ -155,6 +156,9 @@ def rows_of(study: Study, quick: bool) -> Iterator[dict[str, Any]]:
             found[f"K, {label}"] = k
         return found
 
+    def applied(plan: Plan, names: list[str]) -> float:
+        return study.measure(plan.apply(sites=names, skip_passes=study.skipped))
+
     def rewritten(fits: dict[str, RankFit], names: list[str]) -> float:
         gm = rank_scan(copy_graph(study.graph), {name: fits[name] for name in names})
         gm.recompile()
@@ -162,15 +166,14 @@ def rows_of(study: Study, quick: bool) -> Iterator[dict[str, Any]]:
 
     for r in (1,) if quick else (1, 4, 16):
         plan = study.plan(VARIANTS[f"rank{r}"])
-        applied = functools.partial(plan.apply, skip_passes=study.skipped)
-        yield row("rank r", r, plan.fits, lambda names, applied=applied: study.measure(applied(sites=names)))
+        yield row("rank r", r, plan.fits, functools.partial(applied, plan))
     for way, make, ranks in WAYS[:2] if quick else WAYS:
         for r in ranks:
             fits = {}
             for name, g in of_site.items():
                 W, V = make(g, r, 0)
                 fits[name] = RankFit(W, V, g.weights, None, None, g.explained(W, V), g.rows)
-            yield row(way, r, fits, lambda names, fits=fits: rewritten(fits, names))
+            yield row(way, r, fits, functools.partial(rewritten, fits))
 
 
 def tables(path: Path) -> Iterator[tuple[str, list[str], list[list[str]], list[str]]]:

@@ -24,7 +24,7 @@ FASHION = "/usr/share/datasets/fashion-mnist"
 class Parser(argparse.ArgumentParser):
     """Refuses ``--quick`` where a few images would take the place of what was measured."""
 
-    def parse_args(self, *given: Any, **more: Any) -> argparse.Namespace:
+    def parse_args(self, *given: Any, **more: Any) -> argparse.Namespace:  # type: ignore[override]  # overloaded there
         args = super().parse_args(*given, **more)
         for name, value in vars(args).items():
             if args.quick and isinstance(value, Path) and value == self.get_default(name):

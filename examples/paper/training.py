@@ -90,7 +90,8 @@ class _Replayed(_Eager):
 
     def __init__(self, advance: Callable[..., Tensor], optimizer: torch.optim.Optimizer) -> None:
         super().__init__(advance, optimizer)
-        self.stream, self.done, self.graph = torch.cuda.Stream(), 0, None
+        self.stream, self.done = torch.cuda.Stream(), 0
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         self.done += 1

@@ -74,7 +74,7 @@ class Estimator:
             return values, class_scores(outputs) if curved else values
 
         gates = torch.zeros(images, len(self.left), device=self.runner.executor.device)
-        (values, logits), pull = torch.func.vjp(forward, gates)
+        (values, logits), pull = torch.func.vjp(forward, gates)  # type: ignore[misc]  # two, without has_aux
         changes = pull((torch.ones_like(values), torch.zeros_like(logits)))[0].double()
         if curved:
             changes = changes + self._curvature(run.index, logits, lambda v: pull((torch.zeros_like(values), v))[0])

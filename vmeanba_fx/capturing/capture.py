@@ -128,7 +128,7 @@ def capture(
     if not isinstance(model, nn.Module):
         raise CaptureError(f"{model!r:.60} is no nn.Module, traced GraphModule or ExportedProgram")
     if "_orig_mod" in model._modules:  # what torch.compile(model) wraps
-        model = model._modules["_orig_mod"]
+        model = model.get_submodule("_orig_mod")
     device = device_of(model)
     cpu_args, cpu_kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().cpu(), (args, kwargs))
     batch = batch_size(cpu_args, cpu_kwargs)
@@ -320,7 +320,7 @@ def _export(
                 interception.refused.clear()
             with module_stack(private, stack):
                 what = "cannot be exported"
-                program = torch.export.export(private, args, kwargs, dynamic_shapes=shapes, strict=False)
+                program = torch.export.export(private, args, kwargs, dynamic_shapes=shapes, strict=False)  # type: ignore[arg-type]  # documented
         except CaptureError:  # of ours, and a sentence already
             raise
         except Exception as error:

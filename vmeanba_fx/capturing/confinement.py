@@ -48,7 +48,8 @@ def _sources_that_go() -> Iterator[None]:
     A transform makes some twenty graphs on its way. The code holds the names it uses in a dictionary of its own; an object
     put there tells when that is gone.
     """
-    loader, thread = graph_module._loader, threading.get_ident()  # private to torch, unchanged since 1.12
+    loader: Any = graph_module._loader  # private to torch, unchanged since 1.12
+    thread = threading.get_ident()
     if "cache" in vars(loader):  # already so, in a call around this one
         yield
         return
@@ -133,7 +134,7 @@ def _own_module_calls() -> Iterator[None]:
     ``torch.fx`` replaces ``__call__`` and ``__getattr__`` of all modules while it traces. A model that another thread runs
     would be traced along with ours, and both would fail ("Unexpected key ...").
     """
-    patcher = _symbolic_trace._Patcher  # private to torch, unchanged since 1.9
+    patcher: Any = _symbolic_trace._Patcher  # private to torch, unchanged since 1.9
     patch_method, thread = patcher.patch_method, threading.get_ident()
 
     def patch_for_this_thread(self: Any, cls: type, name: str, new: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -144,17 +145,17 @@ def _own_module_calls() -> Iterator[None]:
 
         patch_method(self, cls, name, method if threading.get_ident() == thread else new, *args, **kwargs)
 
-    patcher.patch_method = patch_for_this_thread  # type: ignore[method-assign]
+    patcher.patch_method = patch_for_this_thread
     try:
         yield
     finally:
-        patcher.patch_method = patch_method  # type: ignore[method-assign]
+        patcher.patch_method = patch_method
 
 
 @contextlib.contextmanager
 def _own_compiler_flags() -> Iterator[None]:
     """Let ``torch.compiler.is_compiling()`` and ``is_exporting()`` be true in this thread only."""
-    before = {fn: fn() for fn in (torch.compiler.is_compiling, torch.compiler.is_exporting)}
+    before: dict[Any, bool] = {fn: fn() for fn in (torch.compiler.is_compiling, torch.compiler.is_exporting)}
     with CodeSwap(before, lambda fn, original, *_: original(), elsewhere=lambda fn, *_: before[fn]):
         yield
 

@@ -124,7 +124,7 @@ def _chunked(a: Mapping[str, Any]) -> ScanCall:
     mamba-ssm's gives y in the dtype of x; that of Hugging Face, where x is called ``hidden_states``, in float32.
     """
     a = {**a, **a.get("kwargs", {})}
-    x, A = a.get("x", a.get("hidden_states")), a["A"]
+    x, A = a["x"] if "x" in a else a["hidden_states"], a["A"]
     for name in ("initial_states", "seq_idx", "cu_seqlens", "return_varlen_states"):
         if a.get(name) is not None and a[name] is not False:
             raise Refusal(f"it is given {name}, which the scan op does not take")
@@ -195,7 +195,7 @@ def _has_the_parts(parameters: tuple[str, ...]) -> bool:
 
 
 def _by_part(a: Mapping[str, Any]) -> ScanCall:
-    parts = dict.fromkeys(("u", "delta", "A", "B", "C", "D", "z", "delta_bias"))
+    parts: dict[str, Any] = dict.fromkeys(("u", "delta", "A", "B", "C", "D", "z", "delta_bias"))
     softplus = last_state = False
     for name, given in a.items():
         part = _PART_OF.get(name.lower())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,13 +85,16 @@ def _inputs(given: inspect.BoundArguments) -> Iterator[inspect.BoundArguments]:
     def varies(t: Tensor) -> bool:
         return t.dim() != 2 and t.is_floating_point()  # A must stay negative
 
+    def cleared(zero: Tensor, t: Tensor) -> Tensor:
+        return torch.zeros_like(t) if t is zero else t
+
     generator = torch.Generator().manual_seed(0)
     yield _mapped(given, lambda t: t + noise(t) if varies(t) else t)
     small = _mapped(given, lambda t: noise(t) if varies(t) else t)
     yield small
     for zero in _tensors(small.arguments):
         if zero.is_floating_point():
-            yield _mapped(small, lambda t, zero=zero: torch.zeros_like(t) if t is zero else t)
+            yield _mapped(small, partial(cleared, zero))
 
 
 def _tensors(tree: Any) -> list[Tensor]:

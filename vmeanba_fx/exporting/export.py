@@ -254,11 +254,11 @@ def _inputs(gm: fx.GraphModule, given: Any) -> tuple[tuple[Any, ...], dict[str, 
             raise ExportError("the example inputs are empty or not tensors where those of the capture are")
     device = device_of(gm)
     # Copies: a slice of the data set would bring all of it into the file.
-    inputs = pytree.tree_map_only(Tensor, lambda t: t.detach().to(device, copy=True), inputs)
-    if guard := failed_guard(gm, *inputs):
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().to(device, copy=True), inputs)
+    if guard := failed_guard(gm, args, kwargs):
         raise ExportError(f"the example inputs are not such as the graph takes: {guard} does not hold")
-    own = batch_size(*inputs)
-    return with_batch(*inputs, own, 2) if info.batch_dynamic and own == 1 else inputs
+    own = batch_size(args, kwargs)
+    return with_batch(args, kwargs, own, 2) if info.batch_dynamic and own == 1 else (args, kwargs)
 
 
 def _refuse_dynamic_size(gm: fx.GraphModule, format: str) -> None:
@@ -294,7 +294,8 @@ def _program(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], 
             warnings.simplefilter("ignore")
             if form is not None:
                 decompose(graph, form)
-            return torch.export.export(graph, args, kwargs, dynamic_shapes=shapes if dims else None, strict=False)
+            dynamic: Any = shapes if dims else None  # documented, but not in the annotation
+            return torch.export.export(graph, args, kwargs, dynamic_shapes=dynamic, strict=False)
     except Exception as error:
         raise ExportError(f"torch.export refuses the graph: {_sentence(error)}") from error
 

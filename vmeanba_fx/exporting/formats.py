@@ -64,6 +64,7 @@ def write_onnx(program: ExportedProgram, name: str, extra: dict[str, str]) -> Ru
         model = torch.onnx.export(
             lowered, (), dynamo=True, opset_version=OPSET, verbose=False, external_data=False, optimize=False
         )
+        assert model is not None  # only where torch.onnx is given a file to write itself
         # The whole optimizer takes minutes on a few thousand nodes, and onnxruntime has its own.
         fold_constants(model.model)
         CommonSubexpressionEliminationPass()(model.model)

@@ -42,7 +42,7 @@ class CheckpointError(VMeanbaError, RuntimeError):
 
 
 # Official files carry their training configuration beside the weights. It is read as plain dicts, which run no code.
-_INERT = [(OrderedDict, "yacs.config.CfgNode"), (OrderedDict, "argparse.Namespace")]
+_INERT: list[Any] = [(OrderedDict, "yacs.config.CfgNode"), (OrderedDict, "argparse.Namespace")]
 
 
 def read_checkpoint(path: str | Path, key: str | None = None) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -208,8 +209,9 @@ class VSSM(nn.Module):
         """The official initialisation; its small projections leave the scan with almost no weight at the start."""
         if isinstance(module, nn.Linear | GroupedLinear):
             nn.init.trunc_normal_(module.weight, std=0.02)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+            bias = getattr(module, "bias", None)
+            if bias is not None:
+                nn.init.zeros_(bias)
 
     def embed(self, x: Tensor) -> Tensor:
         """Images to the first stage's feature map."""
@@ -239,9 +241,10 @@ class Backbone(VSSM):
             self.add_module(f"outnorm{i}", LayerNorm(self.dims[i], self.channel_first))
         del self.classifier
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]  # maps in place of logits
         x = self.embed(x)
         maps = []
+        layer: Any  # with blocks and downsample by name
         for i, layer in enumerate(self.layers):
             x = layer.blocks(x)
             if i in self.out_indices:

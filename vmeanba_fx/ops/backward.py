@@ -50,7 +50,8 @@ def linear_scan_backward(grad, a, b, C):
     """Gradients for a, b and C."""
     dtype = compute_dtype(a)
     da, db, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (a, b, C))
-    for item, group, cut in _by_group(*b.shape[:3], b.shape[3] * b.shape[4]):
+    batch, K, R, N, length = b.shape
+    for item, group, cut in _by_group(batch, K, R, N * length):
         decay, read = a[item, group, None].to(dtype), C[item, group].to(dtype)
         da_now, dC_now = torch.zeros_like(decay[:, :, 0]), torch.zeros_like(read)
         for channel in cut:
@@ -117,12 +118,12 @@ def _scan_backward(grad, u, delta, A, B, C, D, z, bias, softplus):
                 ddt *= -torch.expm1(-dt)  # softplus'(s) = sigmoid(s) = 1 - exp(-softplus(s))
             if bias is not None:
                 dbias[group, own] += ddt.sum((0, 3))
-            if own_decay:
+            if ddt_now is None:
                 ddelta[item, group, channel] = ddt
             else:
                 ddt_now += ddt
         dB[item, group], dC[item, group] = dB_now, dC_now
-        if not own_decay:
+        if ddt_now is not None:
             ddelta[item, group] = ddt_now
 
     dA, dD, dbias = (x.to((u if given is None else given).dtype) for x, given in ((dA, A), (dD, D), (dbias, bias)))

@@ -122,7 +122,7 @@ def _check_kinds(op: str, out_dtype: torch.dtype | None, **tensors: Tensor | Non
         if tensor.dtype not in FLOATS:
             hint = "; complex scans are not supported" if tensor.is_complex() else ""
             raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, but is {tensor.dtype}{hint}")
-        if tensor.device != first.device:
+        if first is not None and tensor.device != first.device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, but {first_name} is on {first.device}")
     if out_dtype is not None and out_dtype not in FLOATS:
         raise TypeError(f"{op}: out_dtype must be float32, bfloat16, float16 or float64, but is {out_dtype}")

@@ -61,8 +61,9 @@ def linear_scan(a, b, C):
     if cpu_jit.usable(a, b, C):
         return cpu_jit.linear_scan(a, b, C)
     dtype = compute_dtype(a)
-    out = torch.empty(*b.shape[:3], b.shape[4], dtype=a.dtype, device=a.device)
-    for item, group, channel in tiles(*b.shape[:3], b.shape[3] * b.shape[4], _ROWS_BUDGET):
+    batch, K, R, N, length = b.shape
+    out = torch.empty(batch, K, R, length, dtype=a.dtype, device=a.device)
+    for item, group, channel in tiles(batch, K, R, N * length, _ROWS_BUDGET):
         h = scan_rows(a[item, group, None].to(dtype), b[item, group, channel].to(dtype))
         out[item, group, channel] = _read_states(h, C[item, group, None].to(dtype))
     return out
@@ -92,7 +93,8 @@ def broadcast_add(y, u, D, out_dtype=None):
     if out.dtype == u.dtype == dtype:
         torch.addcmul(y.to(dtype), u, D, out=channels)
         return out
-    for item, group, channel in tiles(*u.shape, _ROWS_BUDGET):
+    batch, K, each, length = u.shape
+    for item, group, channel in tiles(batch, K, each, length, _ROWS_BUDGET):
         terms = y[item, group].to(dtype), u[item, group, channel].to(dtype), D[group, channel]
         channels[item, group, channel] = torch.addcmul(*terms)
     return out
@@ -129,7 +131,7 @@ def step_size(delta: Tensor, bias: Tensor | None, softplus: bool, like: Tensor) 
         dt.copy_(delta)
     else:
         torch.add(delta.to(dtype), bias.to(dtype)[..., None], out=dt)
-    return F.softplus(dt, out=dt) if softplus else dt
+    return F.softplus(dt, out=dt) if softplus else dt  # type: ignore[call-arg]  # its stub has no out=
 
 
 def discretise(dt: Tensor, u: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

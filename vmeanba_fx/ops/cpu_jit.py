@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ _pool: ThreadPoolExecutor | None = None
 
 
 @cache
-def _kernels() -> ModuleType | None:
+def _kernels() -> Any:
     """The module of kernels, or None without Numba."""
     try:
         from . import cpu_kernels
@@ -193,8 +193,8 @@ def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors if as_they_are else tuple(x.float() for x in tensors)
 
 
-def _rows(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """`_alike`, and with the last dim contiguous."""
+def _rows(*tensors: Any) -> tuple[Any, ...]:
+    """`_alike`, and with the last dim contiguous; as they are where they are None."""
     if tensors[0] is None:
         return tensors
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in _alike(*tensors))
@@ -268,7 +268,7 @@ def _in_pool(function: Callable, address: int, threads: int) -> None:
 def _after_fork() -> None:
     """A forked process has the pools of threads, but not the threads."""
     global _pool, _openmp
-    _pool, _openmp = None, lambda: None
+    _pool, _openmp = None, lambda: None  # type: ignore[assignment]  # no need to cache it
 
 
 if hasattr(os, "register_at_fork"):

@@ -52,7 +52,11 @@ def load(context, address):
 @intrinsic
 def load_part(context, address, count):
     """The first `count` of 16 floats, then zeros."""
-    return lanes(types.int64, types.int64), _lower(lambda b, *values: llvm.load_part(b, *values, llvm.vector, "v16f32"))
+
+    def build(b, address, count):
+        return llvm.load_part(b, address, count, llvm.vector, "v16f32")
+
+    return lanes(types.int64, types.int64), _lower(build)
 
 
 @intrinsic
@@ -75,7 +79,10 @@ def store(context, address, value):
 
 @intrinsic
 def store_part(context, address, value, count):
-    return types.void(types.int64, lanes, types.int64), _lower(lambda b, *values: llvm.store_part(b, *values, "v16f32"))
+    def build(b, address, value, count):
+        llvm.store_part(b, address, value, count, "v16f32")
+
+    return types.void(types.int64, lanes, types.int64), _lower(build)
 
 
 @intrinsic

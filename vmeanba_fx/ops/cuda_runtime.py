@@ -18,6 +18,7 @@ from array import array
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -83,7 +84,8 @@ def kernel(file: str, name: str, macros: Macros, device: int) -> "Kernel":
 @lru_cache(maxsize=16)
 def shared_memory_limit(device: int) -> int:
     """Bytes of shared memory that one block may use on the GPU of index `device`."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs leave this one out
+    return properties.shared_memory_per_block_optin
 
 
 @lru_cache(maxsize=16)

@@ -8,6 +8,7 @@ other layouts are copied to that one first. float32 features are read as they li
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ def ss2d(x, feats, dt_weight, A, D, delta_bias, directions, order, delta_softplu
     return out
 
 
-def _readable(x, feats, dt_weight, A, D, delta_bias, order, directions):
+def _readable(x, feats, dt_weight, A, D, delta_bias, order, directions) -> tuple[Any, Any, Any, Any, Any, Any, Any]:
     """The same tensors in layouts that the kernel reads; those that already are come back as they came."""
     if order is None and len(directions) > MAX_DIRECTIONS:
         order = direction_table(directions, *x.shape[2:]).to(x.device)
@@ -106,7 +107,7 @@ def _padding_is_readable(feats: Tensor) -> bool:
     """Whether the storage goes on far enough after the last record to round its length up to a multiple of 8."""
     last = sum((extent - 1) * stride for extent, stride in zip(feats.shape, feats.stride(), strict=True))
     needed = feats.storage_offset() + last + 1 + -feats.shape[2] % 8
-    return needed * feats.element_size() <= feats.untyped_storage().nbytes()
+    return bool(needed * feats.element_size() <= feats.untyped_storage().nbytes())
 
 
 def _loads_cover_records(feats: Tensor, words: int) -> bool:

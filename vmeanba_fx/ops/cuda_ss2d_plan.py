@@ -221,7 +221,7 @@ def _bank_layout(height: int, width: int, segment: int, columns: bool, bytes_of_
 
     def served(place, offsets, banks):
         """How many turns the banks need; distinct places in a bank take turns."""
-        counts = {}
+        counts: dict[int, int] = {}
         for address in {(j, p + offset) for p in place for j, offset in enumerate(offsets)}:
             counts[address[1] % banks] = counts.get(address[1] % banks, 0) + 1
         return max(counts.values())

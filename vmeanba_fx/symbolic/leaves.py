@@ -29,9 +29,9 @@ def _native_apply(cls: type, *args: Any, **kwargs: Any) -> Any:
 
 # A Python classmethod until torch 2.13: one code object for all classes, also behind a captured `SomeFunction.apply`.
 # Compiled since 2.14: there the attribute is replaced, and a captured `.apply` is not seen.
-APPLY: types.FunctionType = _APPLY.__func__ if isinstance(_APPLY, classmethod) else _native_apply
+APPLY: Any = _APPLY.__func__ if isinstance(_APPLY, classmethod) else _native_apply
 # Recomputes activations in the backward pass; what it computes is the function it is given.
-CHECKPOINT: types.FunctionType = torch.utils.checkpoint.checkpoint
+CHECKPOINT: Any = torch.utils.checkpoint.checkpoint
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -119,7 +119,7 @@ class LeafFunctions:
 
     def __init__(self, extra: Iterable[object] = ()) -> None:
         self.scans = loaded_scan_functions()
-        self.others = _functions_of_einops() | _functions_of_our_ops() | {check_guard}
+        self.others: set[Any] = _functions_of_einops() | _functions_of_our_ops() | {check_guard}
         self.classes: set[type] = set()
         for leaf in extra:
             self._add(leaf)

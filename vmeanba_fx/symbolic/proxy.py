@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from .guards import SymbolicTraceError
 
 if TYPE_CHECKING:
+    from .recorder import Recorder
     from .tracer import ShadowTracer
 
 _SETTERS = frozenset({"data", "grad", "requires_grad", "real", "imag", "names"})
@@ -45,7 +46,7 @@ class ShadowProxy(fx.Proxy):
 
     tracer: ShadowTracer
 
-    def __init__(self, node: fx.Node, tracer: ShadowTracer, shadow: Any, static: bool, fixed_length: bool) -> None:
+    def __init__(self, node: fx.Node, tracer: Recorder, shadow: Any, static: bool, fixed_length: bool) -> None:
         super().__init__(node, tracer)
         self.shadow = shadow
         self.static = static
@@ -91,6 +92,10 @@ class ShadowProxy(fx.Proxy):
             number = self.tracer.create_proxy("call_function", int, (number,), {})
         return convert(self.tracer.decide(number, number.shadow))
 
+    if TYPE_CHECKING:  # fx adds its operators at run time
+
+        def __getitem__(self, index: Any) -> Any: ...
+
     def __len__(self) -> int:
         return self.tracer.length(self)
 
@@ -104,7 +109,8 @@ class ShadowProxy(fx.Proxy):
         if isinstance(self.shadow, dict):
             return item in self.shadow
         if isinstance(self.shadow, Tensor):
-            return bool((self == item).any())
+            same: Any = self == item
+            return bool(same.any())
         return any(item is own or item == own for own in self)
 
     def __hash__(self) -> int:

@@ -127,5 +127,6 @@ def same_random_numbers(devices: list[int]) -> Iterator[Callable[[], bool]]:
 
 
 def _numbers_ahead() -> tuple[object, ...]:
-    _, keys, position, *rest = np.random.get_state()  # noqa: NPY002
+    state: Any = np.random.get_state()  # noqa: NPY002
+    _, keys, position, *rest = state
     return random.getstate(), keys.tobytes(), position, *rest
