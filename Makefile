@@ -1,5 +1,5 @@
 # make demo   the embedded example: a trained VMamba scored, rewritten, measured and exported (about a minute)
-# make test   the tests; make lint checks the style
+# make test   the tests; make lint checks style and types
 #
 # Both create .venv first. TORCH is what pip is asked for before anything else; a plain torch brings several GB of CUDA
 # libraries on Linux, so on a machine without a GPU give it PyTorch's CPU wheel index as well:
@@ -24,6 +24,9 @@ test: install
 
 lint: install
 	$(bin)/ruff check .
+# For mypy, which reads pyproject's [tool.mypy]: the passes under the name that they are installed by.
+	mkdir -p build/typing/vmeanba_fx && ln -sfn ../../../passes build/typing/vmeanba_fx/passes
+	$(bin)/mypy
 
 install: $(stamp)
 
@@ -34,4 +37,4 @@ $(stamp): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -295,7 +295,7 @@ def _export(
     private: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, batch: int | None, dynamic_size: bool
 ) -> _Trace:
     name_keywords(private, kwargs)
-    shapes = torch.export.ShapesCollection()
+    shapes: Any = torch.export.ShapesCollection()  # documented, but not in the annotations of export
     for t in pytree.tree_leaves((args, kwargs)):
         if isinstance(t, Tensor) and t.dim() > 0:
             spec: dict[int, Any] = {0: Dim.AUTO} if batch is not None and t.shape[0] == batch else {}
@@ -320,7 +320,7 @@ def _export(
                 interception.refused.clear()
             with module_stack(private, stack):
                 what = "cannot be exported"
-                program = torch.export.export(private, args, kwargs, dynamic_shapes=shapes, strict=False)  # type: ignore[arg-type]  # documented
+                program = torch.export.export(private, args, kwargs, dynamic_shapes=shapes, strict=False)
         except CaptureError:  # of ours, and a sentence already
             raise
         except Exception as error:

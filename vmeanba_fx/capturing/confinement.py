@@ -185,7 +185,7 @@ def on_the_cpu() -> Iterator[None]:
         def __new__(cls, device: Any) -> Any:  # of tensors on the CPU; would raise
             return super().__new__(cls) if threading.get_ident() == thread else original(device)
 
-    torch.cuda.device = Guard  # type: ignore[assignment,misc]
+    torch.cuda.device = Guard  # type: ignore[misc]
     try:
         with _CudaIsTheCpu():
             yield

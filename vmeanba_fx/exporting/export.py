@@ -284,7 +284,7 @@ def _program(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], 
     for name, dim in capture_info(gm).dynamic:
         dims.setdefault(name, {})[dim] = Dim.DYNAMIC
     names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
-    shapes = ShapesCollection()
+    shapes: Any = ShapesCollection()  # documented, but not in the annotations of export
     for name, value in zip(names, pytree.tree_leaves((args, kwargs)), strict=True):
         if name in dims:
             shapes[value] = dims[name]
@@ -294,8 +294,7 @@ def _program(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], 
             warnings.simplefilter("ignore")
             if form is not None:
                 decompose(graph, form)
-            dynamic: Any = shapes if dims else None  # documented, but not in the annotation
-            return torch.export.export(graph, args, kwargs, dynamic_shapes=dynamic, strict=False)
+            return torch.export.export(graph, args, kwargs, dynamic_shapes=shapes if dims else None, strict=False)
     except Exception as error:
         raise ExportError(f"torch.export refuses the graph: {_sentence(error)}") from error
 

@@ -25,7 +25,7 @@ class ShadowSize(tuple[Any, ...]):
         item = super().__getitem__(index)
         return ShadowSize(item) if isinstance(index, slice) else item
 
-    def __add__(self, other: tuple[Any, ...]) -> ShadowSize:  # type: ignore[override]
+    def __add__(self, other: tuple[Any, ...]) -> ShadowSize:
         return ShadowSize((*self, *other))
 
     def numel(self) -> Any:
