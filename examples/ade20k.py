@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 import vmeanba_fx
 from vmeanba_fx import models
 from vmeanba_fx.calibration.metrics import IGNORED
+from vmeanba_fx.cli.arguments import at_least
 
 
 class Scenes(Dataset):
@@ -78,7 +79,7 @@ def windows(length: int, size: int) -> Iterator[int]:
 
 
 @torch.inference_mode()
-def mean_iou(model: torch.nn.Module, scenes: Scenes, classes: int, device: str) -> float:
+def mean_iou(model: torch.nn.Module, scenes: Scenes, classes: int, device: torch.device) -> float:
     counts = torch.zeros(classes, classes, dtype=torch.double)
     size = scenes.size
     for image, labels in tqdm(scenes, desc="measuring", leave=False, disable=None):
@@ -103,9 +104,9 @@ def mean_iou(model: torch.nn.Module, scenes: Scenes, classes: int, device: str) 
 
 def main() -> None:
     p = arguments(__doc__)
-    p.add_argument("--size", type=int, default=512, help="shorter side, and side of the windows")
-    p.add_argument("--classes", type=int, default=150)
-    p.add_argument("--channels", type=int, default=512, help="channels of the UperNet head")
+    p.add_argument("--size", type=at_least(1), default=512, help="shorter side, and side of the windows")
+    p.add_argument("--classes", type=at_least(2), default=150)
+    p.add_argument("--channels", type=at_least(1), default=512, help="channels of the UperNet head")
     p.add_argument("--ignore", nargs="*", default=["auxiliary_head.*"],
                    help="keys of the checkpoint that the model lacks; alone, without a key, for none")  # fmt: skip
     args = p.parse_args()

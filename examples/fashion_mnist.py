@@ -14,6 +14,7 @@ import torch
 from quickstart import curve, every_k, export_and_check
 
 import vmeanba_fx
+from vmeanba_fx.cli.arguments import at_least, resolve_device
 from vmeanba_fx.data import FashionMNIST, make_loader
 from vmeanba_fx.models import CheckpointError, load_checkpoint, vmamba_fashion_v0, vmamba_fashion_v05
 
@@ -27,14 +28,16 @@ def main() -> None:
     parser.add_argument("--model", choices=sorted(MODELS), default="v05", help="which VMamba (default: v05)")
     parser.add_argument("--metric", choices=["accuracy", "loss", "kl"], default="loss", help="default: loss")
     parser.add_argument("--mean", choices=["direction", "all", "input"], default="direction", help="which mean")
-    parser.add_argument("--rank", type=int, help="scan so many fitted channels per direction instead of a mean")
+    parser.add_argument("--rank", type=at_least(1), help="scan so many fitted channels per direction instead of a mean")
     parser.add_argument("--refit", choices=["sites", "all"], help="refit the layer behind each site, or all later ones too")
-    parser.add_argument("--calibration-images", type=int, default=1000, metavar="N", help="default: 1000")
-    parser.add_argument("--test-images", type=int, default=2000, metavar="N", help="default: 2000")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--calibration-images", type=at_least(1), default=1000, metavar="N", help="default: 1000")
+    parser.add_argument("--test-images", type=at_least(1), default=2000, metavar="N", help="default: 2000")
+    parser.add_argument("--device", type=resolve_device, default="cpu")
     parser.add_argument("--k", type=int, help="sites to replace in the exported model (default: half)")
     parser.add_argument("--out", type=Path, help="where to keep the exported model (default: a temporary folder)")
     args = parser.parse_args()
+    if args.out is not None and not args.out.parent.is_dir():
+        parser.error(f"--out: no folder {args.out.parent}")
 
     model = MODELS[args.model]()
     try:
@@ -61,7 +64,7 @@ def main() -> None:
         print(export_and_check(gm, next(iter(test))[0], path))
 
 
-def loader(folder: Path, train: bool, limit: int, device: str) -> torch.utils.data.DataLoader:
+def loader(folder: Path, train: bool, limit: int, device: torch.device) -> torch.utils.data.DataLoader:
     """The first ``limit`` images as batches on ``device``."""
     data = FashionMNIST(folder, train, limit=limit)
     return make_loader(data.prepare(data.images).to(device), data.labels.long().to(device))

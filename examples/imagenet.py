@@ -22,6 +22,8 @@ from tqdm.auto import tqdm
 
 import vmeanba_fx
 from vmeanba_fx import models
+from vmeanba_fx.cli.arguments import at_least, resolve_device
+from vmeanba_fx.files import unwritable
 
 try:
     from PIL import Image
@@ -81,14 +83,14 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     p.add_argument("data", type=Path, help="folder of the data set")
     p.add_argument("--model", default="vmamba_tiny_s1l8", help="name in vmeanba_fx.models (default: vmamba_tiny_s1l8)")
     p.add_argument("--weights", type=Path, required=True, help="official checkpoint")
-    p.add_argument("-k", type=int, nargs="+", help="numbers of sites to replace (default: 0, a quarter, half, all)")
-    p.add_argument("--rank", type=int, metavar="R", help="scan R fitted channels in each direction instead of the mean")
+    p.add_argument("-k", type=at_least(0), nargs="+", help="numbers of sites to replace (default: 0, a quarter, half, all)")
+    p.add_argument("--rank", type=at_least(1), metavar="R", help="scan R fitted channels in each direction instead of the mean")
     p.add_argument("--refit", choices=("sites", "all"), help="refit the layer behind each replaced scan, or later ones as well")
-    p.add_argument("--calibration-images", type=int, default=1000, metavar="N")
-    p.add_argument("--test-images", type=int, metavar="N", help="a random choice of them (default: all)")
-    p.add_argument("--batch", type=int, default=64)
-    p.add_argument("--workers", type=int, default=4)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--calibration-images", type=at_least(1), default=1000, metavar="N")
+    p.add_argument("--test-images", type=at_least(1), metavar="N", help="a random choice of them (default: all)")
+    p.add_argument("--batch", type=at_least(1), default=64)
+    p.add_argument("--workers", type=at_least(0), default=4)
+    p.add_argument("--device", type=resolve_device, default="auto", help="default: a GPU if there is one")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--plan", type=Path, help="file for the plan")
     return p
@@ -96,9 +98,16 @@ def arguments(doc: str) -> argparse.ArgumentParser:
 
 def calibrated(model: torch.nn.Module, calibration: Dataset, args: argparse.Namespace) -> vmeanba_fx.Plan:
     """The plan, printed and, if wished, saved."""
+    if args.plan and (reason := unwritable(args.plan)):
+        raise OSError(reason)
     loader = DataLoader(calibration, args.batch, num_workers=args.workers)
     options = {"reduce": "rank", "rank": args.rank} if args.rank else {}
-    plan = vmeanba_fx.calibrate(model, loader, metric="loss", seed=args.seed, **options)
+
+    def check(unscored: vmeanba_fx.Plan) -> None:
+        for k in args.k or ():
+            unscored.check_choice(k)
+
+    plan = vmeanba_fx.calibrate(model, loader, metric="loss", seed=args.seed, before_scoring=check, **options)
     print(plan, end="\n\n")
     if args.plan:
         plan.save(args.plan)
@@ -117,7 +126,7 @@ def curve(plan: vmeanba_fx.Plan, model: torch.nn.Module, measure, what: str, arg
 
 
 @torch.inference_mode()
-def top1(model: torch.nn.Module, loader: DataLoader, device: str) -> float:
+def top1(model: torch.nn.Module, loader: DataLoader, device: torch.device) -> float:
     right = total = 0
     for images, labels in tqdm(loader, desc="measuring", leave=False, disable=None):
         right += int((model(images.to(device)).argmax(1).cpu() == labels).sum())
@@ -127,7 +136,7 @@ def top1(model: torch.nn.Module, loader: DataLoader, device: str) -> float:
 
 def main() -> None:
     p = arguments(__doc__)
-    p.add_argument("--size", type=int, default=224)
+    p.add_argument("--size", type=at_least(1), default=224)
     args = p.parse_args()
     factory = getattr(models, args.model, None)
     if factory is None:

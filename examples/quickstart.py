@@ -26,6 +26,8 @@ def main() -> None:
     parser.add_argument("--k", type=int, help="sites to replace in the export (default: all)")
     parser.add_argument("--out", type=Path, help="where to keep the exported model (default: a temporary folder)")
     args = parser.parse_args()
+    if args.out is not None and not args.out.parent.is_dir():
+        parser.error(f"--out: no folder {args.out.parent}")
 
     model = vmamba_digits(pretrained=True).eval()
     train = make_loader(*load_digits_images(train=True))

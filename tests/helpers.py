@@ -2,7 +2,10 @@
 
 import copy
 import gzip
+import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +90,10 @@ def write_fashion(folder: Path, images: np.ndarray, labels: np.ndarray, stem: st
             name.with_name(name.name + ".gz").write_bytes(gzip.compress(idx_bytes(array)))
         else:
             name.write_bytes(idx_bytes(array))
+
+
+def example(script: str, *argv: object) -> subprocess.CompletedProcess[str]:
+    """A run of a script of ``examples``, in a process of its own."""
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, root / "examples" / script, *map(str, argv)]
+    return subprocess.run(command, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)

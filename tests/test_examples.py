@@ -10,17 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import write_fashion
+from tests.helpers import example, write_fashion
 from vmeanba_fx.models import save_checkpoint, vmamba_fashion_v05
 
 ROOT = Path(__file__).resolve().parent.parent
 FASHION = Path("/usr/share/datasets/fashion-mnist")
-
-
-def example(name, *argv):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, ROOT / "examples" / name, *map(str, argv)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 def test_readme(tmp_path):
@@ -77,6 +71,8 @@ def test_fashion_mnist_names_what_is_missing(tmp_path):
     done = example("fashion_mnist.py", tmp_path, "--weights", weights)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "dataset-fashion-mnist" in done.stderr and str(tmp_path) in done.stderr
+    done = example("fashion_mnist.py", tmp_path, "--weights", weights, "--out", tmp_path / "missing" / "out.pt2")
+    assert done.returncode == 2 and done.stderr.endswith(f"error: --out: no folder {tmp_path / 'missing'}\n")
 
 
 @pytest.mark.slow

@@ -1,8 +1,6 @@
 """The examples for real data on tiny generated folders, and the scripts of `examples/paper` on a few images."""
 
 import importlib
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.helpers import example
 from vmeanba_fx import models
 from vmeanba_fx.models import save_checkpoint
 
@@ -17,11 +16,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(script, *argv):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, ROOT / "examples" / script, *map(str, argv)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = example(script, *argv)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def refused(script, *argv):
+    done = example(script, *argv)
+    assert done.returncode == 1 and not done.stdout and "Traceback" not in done.stderr
+    return done.stderr.splitlines()[-1]
 
 
 def picture(path, generator, size=(40, 50)):
@@ -45,6 +48,11 @@ def test_imagenet(tmp_path):
     rows = {line.split("  ")[0]: line.split() for line in out.splitlines()}
     assert rows["k = 0"][3] == rows["original"][1] and "k = 8" in rows
     assert "6 validation images; calibrated on 6 training images" in out
+
+    # Told before the scoring, which takes minutes on real data.
+    argv = [tmp_path, "--model", "vmamba_digits", "--weights", weights, "--size", 32, "--workers", 0, "--device", "cpu"]
+    assert refused("imagenet.py", *argv, "-k", 9) == "imagenet.py: k=9: this model has 8 sites to replace, so k can be 0 to 8"
+    assert "there is no folder" in refused("imagenet.py", *argv, "--plan", tmp_path / "missing" / "plan.json")
 
 
 def test_ade20k(tmp_path):
