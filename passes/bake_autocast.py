@@ -27,7 +27,7 @@ from torch import Tensor, fx
 
 from vmeanba_fx.analysis.evaluate import evaluate, is_parameter_only
 from vmeanba_fx.errors import GraphCheckError, PassError
-from vmeanba_fx.graph import Emitter, aten, callee, graph_modules, positional, refresh, remove_dead_code, value
+from vmeanba_fx.graph import Emitter, args_of, aten, callee, graph_modules, refresh, remove_dead_code, value
 
 from .cleanup import cleanup
 
@@ -109,7 +109,7 @@ def _cast(
             name = f"{node.target if node.op == 'get_attr' else node.name}_{str(dtype).removeprefix('torch.')}"
             casts[node, dtype] = emit.get_attr(gm, name, full.to(value(node).device, dtype))
         elif node.target in _MOVES:
-            x, *rest = positional(node)
+            x, *rest = args_of(node)
             casts[node, dtype] = emit(callee(node), _cast(gm, x, dtype, casts), *rest)
         else:
             casts[node, dtype] = emit(aten.to.dtype, node, dtype)

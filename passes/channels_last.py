@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, fx
 
 from vmeanba_fx.analysis.evaluate import attribute
-from vmeanba_fx.graph import Emitter, aten, callee, is_pointwise_conv, positional, remove_dead_code, value
+from vmeanba_fx.graph import Emitter, args_of, aten, callee, is_pointwise_conv, remove_dead_code, value
 
 from .cleanup import cleanup
 
@@ -59,10 +59,10 @@ def channels_last(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _to_linear(conv: fx.Node) -> None:
     emit = Emitter(conv.graph, conv, NAME)
-    x, weight, bias = (*positional(conv), None)[:3]
+    x, weight, bias = (*args_of(conv), None)[:3]
     matrix = weight
     while matrix.target is aten.unsqueeze.default and value(matrix.args[0]).dim() >= 2:
-        matrix = positional(matrix)[0]
+        matrix = args_of(matrix)[0]
     if value(matrix).dim() != 2:
         matrix = emit(aten.flatten.using_ints, weight, 1, 3)
     out = emit(aten.linear.default, emit(aten.permute.default, x, _LAST), matrix, bias)
@@ -72,8 +72,8 @@ def _to_linear(conv: fx.Node) -> None:
 def _sink(node: fx.Node) -> None:
     """``f(permute(x))`` becomes ``permute(f(x))``, so that permutations move towards the outputs and meet."""
     if node.target in UNARY and _is_first(node.args[0]):
-        x, *rest = positional(node)
-        inside = [positional(x)[0], *rest]
+        x, *rest = args_of(node)
+        inside = [args_of(x)[0], *rest]
     elif node.target in BINARY and (operands := _operands(node)) is not None:
         inside = operands
     else:
@@ -89,7 +89,7 @@ def _lay_out_weights(gm: fx.GraphModule) -> None:
     """
     for conv in gm.graph.find_nodes(op="call_function", target=aten.conv2d.default):
         last = _is_first(conv.args[0]) or all(_is_permute(user, _LAST) for user in conv.users)
-        reader = positional(conv)[1]
+        reader = args_of(conv)[1]
         if last and reader.op == "get_attr":
             weight = attribute(reader)
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
@@ -101,7 +101,7 @@ def _is_first(node: object) -> bool:
 
 
 def _is_permute(node: object, order: list[int]) -> bool:
-    return isinstance(node, fx.Node) and node.target is aten.permute.default and list(positional(node)[1]) == order
+    return isinstance(node, fx.Node) and node.target is aten.permute.default and list(args_of(node)[1]) == order
 
 
 def _operands(node: fx.Node) -> list[object] | None:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from vmeanba_fx.graph import Emitter, aten, graph_modules, positional, remove_dead_code, value
+from vmeanba_fx.graph import Emitter, args_of, aten, graph_modules, remove_dead_code, value
 
 NAME = "cleanup"
 _COPIES = {aten.contiguous.default, aten.clone.default}
@@ -48,7 +48,7 @@ def _same_value(node: fx.Node) -> Any:
     if node.target is aten.to.dtype and len(node.args) == 2 and value(node.args[0]).dtype == node.args[1]:
         return node.args[0]
     if node.target in _COPIES and not node.kwargs and len(node.args) == 1:
-        [inner] = positional(node)
+        [inner] = args_of(node)
         # Only right behind another copy nobody else reads: a lone copy fixes a layout or detaches an alias.
         return inner if inner.target in _COPIES and not inner.kwargs and len(inner.users) == 1 else None
     if node.target is aten.permute.default:
@@ -62,7 +62,7 @@ def _takes_all(start: Any = None, end: Any = None, step: Any = 1) -> bool:
 
 
 def _without_inverse(node: fx.Node) -> Any:
-    inner, order = positional(node)[0], _positive(node)
+    inner, order = args_of(node)[0], _positive(node)
     if inner.target is aten.permute.default:
         inner_order = _positive(inner)
         combined = [inner_order[i] for i in order]
@@ -73,5 +73,5 @@ def _without_inverse(node: fx.Node) -> Any:
 
 
 def _positive(permute: fx.Node) -> list[int]:
-    order = positional(permute)[1]
+    order = args_of(permute)[1]
     return [i % len(order) for i in order]

@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import SymInt, Tensor, fx
 
-from vmeanba_fx.graph import Emitter, aten, callee, positional, remove_dead_code, value
+from vmeanba_fx.graph import Emitter, args_of, aten, callee, remove_dead_code, value
 
 from .channels_last import BINARY, UNARY
 
@@ -47,7 +47,7 @@ def flatten_positions(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _operands(node: fx.Node, flat: dict[fx.Node, fx.Node]) -> list[Any] | None:
     """The maps that ``node`` reads, where it treats their positions alike; None where it does not, or nothing is gained."""
-    if node.target is aten.linear.default or (node.target is aten.layer_norm.default and len(positional(node)[1]) == 1):
+    if node.target is aten.linear.default or (node.target is aten.layer_norm.default and len(args_of(node)[1]) == 1):
         return [node.args[0]]
     if node.target in UNARY and node.args[0] in flat:
         return [node.args[0]]

@@ -25,7 +25,7 @@ from typing import Any
 
 from torch import fx
 
-from vmeanba_fx.graph import Emitter, aten, graph_modules, positional, value
+from vmeanba_fx.graph import Emitter, args_of, aten, graph_modules, value
 
 NAME = "functionalize"
 _FRESH = {
@@ -54,7 +54,7 @@ def functionalize(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _rewrite_copy(graph: fx.Graph, copy_: fx.Node) -> None:
-    destination, source = positional(copy_)[:2]
+    destination, source = args_of(copy_)[:2]
     chain: list[fx.Node] = []
     base = destination
     while isinstance(base, fx.Node) and base.target in _SCATTER:
@@ -74,7 +74,7 @@ def _rewrite_copy(graph: fx.Graph, copy_: fx.Node) -> None:
     if tuple(value(source).shape) != tuple(shape):
         new = emit(aten.expand_as.default, new, destination)
     for view in chain:
-        x, *rest = positional(view)
+        x, *rest = args_of(view)
         new = emit(_SCATTER[view.target], x, new, *rest)
     new_base = new
     copy_.replace_all_uses_with(new_base)

@@ -30,7 +30,7 @@ from torch import Tensor, fx
 
 from vmeanba_fx.analysis.cross_scan import CrossScan, Projections, find_cross_scan, find_merge, find_projections
 from vmeanba_fx.analysis.evaluate import Unprovable, evaluate
-from vmeanba_fx.graph import SITE, Emitter, aten, calls_of, positional, value
+from vmeanba_fx.graph import SITE, Emitter, args_of, aten, calls_of, value
 from vmeanba_fx.ops.directions import inverse_table
 
 from .fused_site import add_skip, channel_first, feature_maps, fuse_each, make_buffer, read_out, restore_shape
@@ -115,7 +115,7 @@ def _prove_discretisation(scan: fx.Node, a: dict[str, Any], cross: CrossScan, A:
     g = torch.Generator().manual_seed(0)
     given = {a[n]: torch.randn(batch, *s, dtype=torch.float64, generator=g).to(A.device) for n, s in
              (("u", (K * D, L)), ("delta", (K * D, L)), ("B", (K, N, L)), ("C", (K, N, L)))}  # fmt: skip
-    found = evaluate(list(positional(scan)), given, batch)
+    found = evaluate(list(args_of(scan)), given, batch)
     u, delta, B, C = given.values()
     dt = delta + bias[:, None].to(delta.device)
     dt = (torch.nn.functional.softplus(dt) if a["softplus"] else dt).reshape(batch, K, D, L)

@@ -29,7 +29,7 @@ from torch import Tensor, fx
 
 from vmeanba_fx.analysis.evaluate import Unprovable, attribute, evaluate, is_parameter_only, shape_of
 from vmeanba_fx.errors import GraphCheckError
-from vmeanba_fx.graph import Emitter, aten, graph_modules, positional, remove_dead_code, value, with_flat_weights
+from vmeanba_fx.graph import Emitter, args_of, aten, graph_modules, remove_dead_code, value, with_flat_weights
 
 NAME = "pack_weights"
 mkldnn = torch.ops.mkldnn
@@ -56,7 +56,7 @@ def pack_weights(gm: fx.GraphModule, batch: int = 1) -> fx.GraphModule:
             with contextlib.suppress(Unprovable):  # where height and width are open: oneDNN lays out for one size
                 (_pack_linear if node.target is aten.linear.default else _pack_conv)(gm, node, batch)
     for scan in gm.graph.find_nodes(op="call_function", target=torch.ops.vmeanba_fx.ss2d.default):
-        table = positional(scan)[2]
+        table = args_of(scan)[2]
         if table.op == "get_attr":  # the kernel reads this table in float32
             scan.update_arg(2, _buffer(gm, scan, table, attribute(table).detach().float()))
     remove_dead_code(gm)
@@ -74,12 +74,12 @@ def _fold_constants(gm: fx.GraphModule) -> None:
 def _is_packable(layer: fx.Node) -> bool:
     x = value(layer.args[0])
     supported = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported())
-    fixed = all(a is None or a.op == "get_attr" for a in positional(layer)[1:3])
+    fixed = all(a is None or a.op == "get_attr" for a in args_of(layer)[1:3])
     return supported and fixed and x.device.type == "cpu" and all(value(a).dtype == x.dtype for a in layer.all_input_nodes)
 
 
 def _pack_linear(gm: fx.GraphModule, layer: fx.Node, batch: int) -> None:
-    x, weight, bias = (*positional(layer), None)[:3]
+    x, weight, bias = (*args_of(layer), None)[:3]
     rows, matrix = torch.Size(shape_of(x, batch)[:-1]).numel(), attribute(weight).detach()
     if rows * matrix.numel() < _LEAST_WORK:
         return
@@ -93,7 +93,7 @@ def _pack_linear(gm: fx.GraphModule, layer: fx.Node, batch: int) -> None:
 
 
 def _pack_conv(gm: fx.GraphModule, layer: fx.Node, batch: int) -> None:
-    x, weight, *options = positional(layer)
+    x, weight, *options = args_of(layer)
     size = list(shape_of(x, batch))
     bias, stride, padding, dilation, groups = (_CONV | dict(zip(_CONV, options, strict=False))).values()
     if not value(x).is_contiguous(memory_format=torch.channels_last):
@@ -122,7 +122,7 @@ def _activation(layer: fx.Node, reader: fx.Node | None) -> tuple[fx.Node, str, l
 
 def _summand(add: fx.Node, layer: fx.Node) -> fx.Node | None:
     """What ``add`` adds to ``layer``, where it is a contiguous tensor of the same shape and dtype."""
-    first, second = positional(add)
+    first, second = args_of(add)
     other = second if first is layer else first
     held, mine = value(other), value(layer)
     same = isinstance(held, Tensor) and other is not layer and held.shape == mine.shape and held.dtype == mine.dtype

@@ -25,7 +25,7 @@ from torch import Tensor, fx
 
 from vmeanba_fx.errors import SiteError
 from vmeanba_fx.fitting.rank_block import RankFit, rank_block
-from vmeanba_fx.graph import SITE, Emitter, aten, find_scan, group_shape, positional, remove_dead_code, scan_arguments, value
+from vmeanba_fx.graph import SITE, Emitter, args_of, aten, find_scan, group_shape, remove_dead_code, scan_arguments, value
 from vmeanba_fx.sites import skip_product
 
 NAME = "rank_scan"
@@ -73,7 +73,7 @@ def _add_to_skip(gm: fx.GraphModule, scan: fx.Node, change: Tensor, prefix: str)
     product = skip_product(scan)
     if product is None:
         raise SiteError(f"{scan.meta[SITE]}: the fit changes the D of a skip that the site does not have")
-    D = next(a for a in positional(product) if a is not scan.args[0])
+    D = next(a for a in args_of(product) if a is not scan.args[0])
     emit = Emitter(gm.graph, product, NAME, like=scan)
     held = value(D)
     buffer = emit.get_attr(gm, f"{prefix}_D_change", change.reshape(held.shape[-2:]).to(held.device, held.dtype))

@@ -23,17 +23,7 @@ from torch import Tensor, fx
 
 from vmeanba_fx.analysis.evaluate import is_parameter_only
 from vmeanba_fx.analysis.regions import NOTHING
-from vmeanba_fx.graph import (
-    Emitter,
-    aten,
-    downstream,
-    is_pointwise_conv,
-    positional,
-    refresh,
-    remove_dead_code,
-    upstream,
-    value,
-)
+from vmeanba_fx.graph import Emitter, args_of, aten, downstream, is_pointwise_conv, refresh, remove_dead_code, upstream, value
 
 NAME = "refit"
 _CONVS = {aten.conv1d.default, aten.conv2d.default}
@@ -61,12 +51,12 @@ class Readout:
 
     @property
     def weight(self) -> fx.Node:
-        return positional(self.layer)[weight_position(self.layer)]
+        return args_of(self.layer)[weight_position(self.layer)]
 
     @property
     def bias(self) -> fx.Node | None:
         at = weight_position(self.layer) + 1
-        return positional(self.layer)[at] if len(self.layer.args) > at else None
+        return args_of(self.layer)[at] if len(self.layer.args) > at else None
 
 
 def weight_position(layer: fx.Node) -> int:
@@ -104,7 +94,7 @@ def is_pointwise_linear(node: fx.Node) -> bool:
 
 
 def _is_affine_norm(node: fx.Node) -> bool:
-    if node.target is not aten.layer_norm.default or node.kwargs or len(node.args) < 3 or len(positional(node)[1]) != 1:
+    if node.target is not aten.layer_norm.default or node.kwargs or len(node.args) < 3 or len(args_of(node)[1]) != 1:
         return False
     return isinstance(node.args[2], fx.Node) and is_parameter_only(node.args[2])
 

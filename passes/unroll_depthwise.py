@@ -27,7 +27,7 @@ import torch
 from torch import fx
 
 from vmeanba_fx.analysis.evaluate import attribute
-from vmeanba_fx.graph import Emitter, aten, graph_modules, positional, remove_dead_code, value
+from vmeanba_fx.graph import Emitter, args_of, aten, graph_modules, remove_dead_code, value
 
 NAME = "unroll_depthwise"
 _CONV = {"bias": None, "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1}
@@ -47,7 +47,7 @@ def unroll_depthwise(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _is_depthwise(conv: fx.Node, options: dict[str, Any]) -> bool:
     """Stride 1, one filter a channel, weights that are the graph's own, and a map with the channels innermost."""
-    x, weight = positional(conv)[:2]
+    x, weight = args_of(conv)[:2]
     plain = options["stride"] == options["dilation"] == [1, 1] and not conv.kwargs
     if not plain or weight.op != "get_attr" or value(x).dim() != 4:
         return False
@@ -58,7 +58,7 @@ def _is_depthwise(conv: fx.Node, options: dict[str, Any]) -> bool:
 
 def _unroll(owner: fx.GraphModule, conv: fx.Node, bias: fx.Node | None, padding: list[int]) -> None:
     emit = Emitter(conv.graph, conv, NAME)
-    x, weight = positional(conv)[:2]
+    x, weight = args_of(conv)[:2]
     kernel, dtype = attribute(weight), value(conv).dtype
     _, _, rows, columns = kernel.shape
     matrix = kernel.detach().flatten(1).t().contiguous()

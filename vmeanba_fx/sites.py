@@ -15,7 +15,7 @@ from .capturing.capture import capture_info
 from .capturing.confinement import one_at_a_time
 from .capturing.copies import to_device
 from .errors import NoSitesError, SiteError, UnknownSizeError
-from .graph import LAST_STATE, REPORT, SITE, aten, graph_modules, positional, scan_nodes
+from .graph import LAST_STATE, REPORT, SITE, args_of, aten, graph_modules, scan_nodes
 
 __all__ = ["Site", "SiteList", "find_sites"]
 
@@ -143,7 +143,7 @@ def _by_reason(refused: list[tuple[str, str]]) -> str:
 
 
 def _refusal(node: fx.Node) -> str:
-    u, delta, _, B = positional(node)[:4]
+    u, delta, _, B = args_of(node)[:4]
     for user in u.users:
         if user.target in LAST_STATE and user.args[1] is delta and user.users:
             return "its last state is used, which a one-channel scan does not have"
@@ -157,7 +157,7 @@ def _refusal(node: fx.Node) -> str:
 
 
 def _describe(name: str, node: fx.Node, inside: str) -> Site:
-    u, _, _, B = positional(node)[:4]
+    u, _, _, B = args_of(node)[:4]
     _, channels, length = concrete_shape(u)
     _, groups, state, _ = concrete_shape(B)
     annihilated, reason = (False, inside) if inside else is_annihilated(node, groups)

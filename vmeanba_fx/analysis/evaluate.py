@@ -15,7 +15,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from ..graph import aten, callee, positional, value
+from ..graph import args_of, aten, callee, value
 from .regions import IDENTITY
 
 _EMPTY = {
@@ -104,7 +104,7 @@ def _compute(node: fx.Node, env: dict[fx.Node, Any], symbols: frozenset[Any], ba
     if node.op == "get_attr":
         return _double(attribute(node), device)
     if node.target in IDENTITY:
-        return env[positional(node)[0]]
+        return env[args_of(node)[0]]
     if node.target in _EMPTY:
         shape = [resolve(s, symbols, batch) for s in held.shape]
         return torch.full(shape, float("nan"), dtype=torch.float64, device=device)

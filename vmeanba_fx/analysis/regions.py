@@ -16,7 +16,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from ..graph import aten, callee, concrete_size, concrete_sizes, describe, positional, value
+from ..graph import args_of, aten, callee, concrete_size, concrete_sizes, describe, value
 
 # Linear in their tensor inputs, whatever their other arguments are. Products are allowed with one reached factor only.
 LINEAR = {
@@ -123,13 +123,13 @@ def run_region(region: Region, seed: Tensor, generator: torch.Generator) -> dict
 
     for node in region.nodes:
         if node.target in IDENTITY:
-            env[node] = lookup(positional(node)[0])
+            env[node] = lookup(args_of(node)[0])
             continue
         args, kwargs = pytree.tree_map_only(fx.Node, lookup, (node.args, dict(node.kwargs)))
         # A view of a value whose copy was skipped may meet strides it cannot view.
         target = aten.reshape.default if node.target in (aten.view.default, aten._unsafe_view.default) else callee(node)
         env[node] = target(*args, **kwargs)
-    return {norm: env[positional(norm)[0]] for norm in region.norms}
+    return {norm: env[args_of(norm)[0]] for norm in region.norms}
 
 
 def _outside(node: fx.Node, generator: torch.Generator) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from ..errors import CalibrationError
 from ..fitting.rank_block import RankFit, rank_scan_tensors
-from ..graph import SITE, callee, copy_graph, find_scan, graph_modules, positional, read_attribute, scan_arguments
+from ..graph import SITE, args_of, callee, copy_graph, find_scan, graph_modules, read_attribute, scan_arguments
 from ..passes.mean_scan import Mean, mean_scan, mean_scan_tensors
 from ..passes.rank_scan import rank_scan
 from ..passes.refit import weight_position
@@ -48,7 +48,7 @@ class NewWeights:
 
     def compute(self, value: Callable[[fx.Node], Any]) -> Tensor:
         at = weight_position(self.layer)
-        x, *rest = positional(self.layer)
+        x, *rest = args_of(self.layer)
         return callee(self.layer)(value(x), *rest[: at - 1], self.weight, self.bias, *rest[at + 1 :])
 
 

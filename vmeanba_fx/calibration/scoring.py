@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from ..capturing.capture import capture_info
 from ..capturing.examples import shapes_of
 from ..errors import CalibrationError, PlanError
-from ..graph import positional
+from ..graph import args_of
 from ..sites import Site
 from .batches import Batches
 from .execute import Executor, State
@@ -55,7 +55,7 @@ class Runner:
         bad: list[str] = []
 
         def look(point: Point, env: Mapping[fx.Node, Any]) -> None:
-            for what, node in (("input", positional(point.scan)[0]), ("output", point.scan)):
+            for what, node in (("input", args_of(point.scan)[0]), ("output", point.scan)):
                 if not bad and not bool(torch.isfinite(env[node]).all()):
                     bad.append(f", first seen in the {what} of the scan at {point.site.name}")
 

@@ -24,7 +24,7 @@ from ..calibration.execute import Executor
 from ..calibration.metrics import Batch
 from ..calibration.replacing import NewWeights, Replacer
 from ..errors import CalibrationError
-from ..graph import SITE, copy_graph, describe, downstream, positional, read_attribute, scan_nodes
+from ..graph import SITE, args_of, copy_graph, describe, downstream, read_attribute, scan_nodes
 from ..passes.refit import Readout, find_readout, find_stream, is_pointwise_linear, refit, weight_position
 from ..sites import Site
 from .least_squares import Sums, halves_of, refit_linear
@@ -110,7 +110,7 @@ def refit_each(
         rewritten = refit_sites(replacer.rewrite(copy_graph(gm), [site]), gm, [site], data)
         new = next(n for n in rewritten.graph.nodes if n.name == layer.name)
         at = weight_position(new)
-        weights[site] = NewWeights(layer, *(read_attribute(rewritten, str(n.target)) for n in positional(new)[at : at + 2]))
+        weights[site] = NewWeights(layer, *(read_attribute(rewritten, str(n.target)) for n in args_of(new)[at : at + 2]))
     return weights
 
 
@@ -212,7 +212,7 @@ def _add(sums: Sums | None, x: Tensor, error: Tensor, index: int) -> Sums:
 
 def _add_norm(sums: Sums | None, layer: fx.Node, x: Tensor, error: Tensor, index: int) -> Sums:
     """Every channel is a head: [normalised value | error | 1]."""
-    eps = float(positional(layer)[4]) if len(layer.args) > 4 else 1e-5
+    eps = float(args_of(layer)[4]) if len(layer.args) > 4 else 1e-5
     normal = torch.nn.functional.layer_norm(x.double(), x.shape[-1:], eps=eps)
     return _add(sums, normal.movedim(-1, 0)[..., None], error.movedim(-1, 0)[..., None], index)
 
