@@ -73,6 +73,27 @@ class Windows(Mixer):
         return full.reshape(*walk.shape[:2], 2 * tall, 2 * wide)[:, :, :height, :width]
 
 
+class Tables(Mixer):
+    """Walks by index tables, read by ``gather`` and written back by ``scatter`` and into a slice of zeros."""
+
+    def orders(self, height: int, width: int) -> Tensor:
+        snake = torch.arange(height * width).view(height, width)
+        snake = torch.where(torch.arange(height)[:, None] % 2 == 0, snake, snake.flip(1))
+        return torch.stack([snake.flatten(), snake.t().flatten()])  # (2, L)
+
+    def spread(self, u: Tensor) -> Tensor:
+        rows, columns = self.orders(*u.shape[2:])
+        u = u.flatten(2)
+        return torch.stack([u.gather(2, rows.expand(u.shape)), u.mT.index_select(1, columns).mT], dim=1)
+
+    def gather(self, y: Tensor, height: int, width: int) -> Tensor:
+        rows, columns = self.orders(height, width)
+        first = torch.zeros_like(y[:, 0]).scatter(2, rows.expand(y[:, 0].shape), y[:, 0])
+        second = torch.zeros_like(first)
+        second[:, :, columns] = y[:, 1]
+        return (first + second).unflatten(-1, (height, width))
+
+
 class Frames(Mixer):
     """The rows of the map as the frames of a video: walks over (B, D, T, H, W) in three orders."""
 
@@ -179,6 +200,7 @@ class KeepsState(EightWays):
 STRUCTURES = {
     "8 directions": (EightWays, 8),
     "local windows": (Windows, 2),
+    "index tables": (Tables, 2),
     "video": (Frames, 3),
     "sequence": (Sequence, 1),
     "strided": (Strided, 4),

@@ -41,7 +41,7 @@ def test_structure(name):
         assert relative_error(lossy(x), model(x)) > 0.01  # it did something
 
 
-@pytest.mark.parametrize("name", ["8 directions", "local windows", "strided", "one call per direction"])
+@pytest.mark.parametrize("name", ["8 directions", "local windows", "strided", "one call per direction", "index tables"])
 def test_layer_norm_behind_any_walk_annihilates(name):
     model, x = build(name, after=nn.LayerNorm(6), depth=1), zoo.images(3)
     gm = vmeanba_fx.capture(model, x)

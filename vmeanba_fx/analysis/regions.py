@@ -27,8 +27,10 @@ LINEAR = {
     aten.narrow.default, aten.flip.default, aten.rot90.default, aten.roll.default, aten.index_select.default,
     aten.index.Tensor, aten.cat.default, aten.stack.default, aten.slice_scatter.default, aten.select_scatter.default,
     aten.add.Tensor, aten.sub.Tensor, aten.neg.default, aten.sum.dim_IntList, aten.repeat.default,
-    aten.movedim.int, aten.swapaxes.default, aten.numpy_T.default, aten.copy.default, aten.as_strided_scatter.default,
-    operator.getitem,
+    aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist, aten.swapaxes.default,
+    aten.swapdims.default, aten.mT.default, aten.numpy_T.default, aten.ravel.default, aten.tile.default,
+    aten.broadcast_to.default, aten.tensor_split.sections, aten.gather.default, aten.scatter.src, aten.index_put.default,
+    aten.index_copy.default, aten.copy.default, aten.as_strided_scatter.default, operator.getitem,
 }  # fmt: skip
 PRODUCT = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
 # The identity up to rounding; run as the identity so that the check is exact.

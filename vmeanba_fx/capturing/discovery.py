@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from .operators import foreign_schemas, gives_one_tensor
 from .registry import ScanSpec, find_spec, looks_like_scan, parameter_names
 from .standins import PYBIND_CONVOLUTION, StandIn, find_stand_in
 
@@ -50,7 +51,7 @@ def _code_names(code: types.CodeType) -> set[str]:
 
 
 class Discovery:
-    """What :func:`discover` found: ``functions`` and ``classes`` with their spec, pybind users, look-alikes.
+    """What :func:`discover` found: ``functions``, ``classes`` and ``operators`` with their spec, pybind users, look-alikes.
 
     ``companions`` and ``companion_classes``: compiled code around scans, with what stands in for it on the CPU.
     """
@@ -58,6 +59,7 @@ class Discovery:
     def __init__(self) -> None:
         self.functions: dict[types.FunctionType, ScanSpec] = {}
         self.classes: dict[type, ScanSpec] = {}
+        self.operators: list[tuple[torch.FunctionSchema, ScanSpec]] = []
         self.companions: dict[types.FunctionType, StandIn] = {}
         self.companion_classes: dict[type, StandIn] = {}
         self.missing_pybind: list[tuple[dict[str, Any], str]] = []
@@ -83,6 +85,15 @@ class Discovery:
                 self.companion_classes[obj] = stand_in
             else:
                 self.companions[obj] = stand_in
+
+    def consider_operator(self, schema: torch.FunctionSchema) -> None:
+        """Record an operator if its signature is that of a scan; as a look-alike where it returns more than one tensor."""
+        parameters = tuple(argument.name for argument in schema.arguments)
+        if (spec := find_spec(None, parameters)) is not None:
+            if gives_one_tensor(schema):
+                self.operators.append((schema, spec))
+            else:
+                self.lookalikes.add(f"torch.ops.{schema.name.replace('::', '.')}({', '.join(parameters)})")
 
     def consider_lookalike(self, fn: types.FunctionType) -> None:
         """Record ``fn``, code of the model itself, if it might be a scan of a signature that nobody registered."""
@@ -181,6 +192,8 @@ def discover(model: nn.Module) -> Discovery:
                     isinstance(value, types.FunctionType) and _argument_count(value) >= 5
                 ):
                     found.consider(value)
+    for schema in foreign_schemas():
+        found.consider_operator(schema)
     return found
 
 

@@ -3,9 +3,10 @@
 Public code refers to its scan in many ways: module globals, from-imports, ``self.selective_scan = fn``,
 ``functools.partial``, closures, default arguments, dictionaries of variants, ``autograd.Function.apply``, pybind
 modules. Patching names misses most of them. So the *code object* of the Python function is swapped in place (every
-reference sees that), ``forward`` is swapped on ``autograd.Function`` classes (a captured ``.apply`` sees that), and
-``fwd`` is swapped or injected on the pybind modules. Everything is put back when the context ends, whatever happened.
-The compiled companions of scans, for which a CPU has no code, get stand-ins the same way (:mod:`.standins`).
+reference sees that), ``forward`` is swapped on ``autograd.Function`` classes (a captured ``.apply`` sees that), ``fwd``
+is swapped or injected on the pybind modules, and calls of operators meet a function mode. Everything is put back when the
+context ends, whatever happened. The compiled companions of scans, for which a CPU has no code, get stand-ins the same way
+(:mod:`.standins`).
 
 A signature alone does not prove what a function computes: a helper ``scan(u, delta, A, B, C)`` may add its own bias.
 So a function is tried once on its own first call (:mod:`.trial`), and left alone where it computes something
@@ -32,6 +33,7 @@ from .codeswap import CodeSwap
 from .confinement import LOCK
 from .discovery import PYBIND, Discovery, discover
 from .families import canonical
+from .operators import Handler, Intercepted, operator_of, signature_of
 from .registry import Refusal, ScanCall, ScanSpec, compute_dtype, registered_scans
 from .standins import PYBIND_CONVOLUTION, StandIn, convolution_pybind
 from .trial import case_of, disagreement
@@ -209,6 +211,18 @@ class Interception:
         cls.forward = staticmethod(handle_with_ctx if with_ctx else handle)  # type: ignore[attr-defined]
         self._undo.append(lambda: setattr(cls, "forward", raw))
 
+    def swap_operators(self, found: Discovery) -> None:
+        """Send the calls of operators here, by a mode."""
+
+        def handler(schema: torch.FunctionSchema, spec: ScanSpec) -> Handler:
+            signature = signature_of(schema)
+            return lambda func, args, kwargs: self._call(spec, signature, schema.name, func, args, kwargs)
+
+        if found.operators:
+            mode = Intercepted({operator_of(schema): handler(schema, spec) for schema, spec in found.operators})
+            mode.__enter__()
+            self._undo.append(lambda: mode.__exit__(None, None, None))
+
     def swap_pybind(self, found: Discovery) -> None:
         for name, parameters in PYBIND.items():
             self._swap_attribute(found, name, "fwd", self._pybind_forward(name, parameters))
@@ -307,6 +321,7 @@ def intercept(model: nn.Module, emit: Emit, where: Callable[[], str]) -> Iterato
             for cls, target in (found.classes | found.companion_classes).items():
                 interception.swap_class(cls, target)
             interception.swap_functions(found)
+            interception.swap_operators(found)
             interception.swap_pybind(found)
             interception.supply_missing(found)
             yield interception, found
