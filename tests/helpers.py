@@ -95,5 +95,5 @@ def write_fashion(folder: Path, images: np.ndarray, labels: np.ndarray, stem: st
 def example(script: str, *argv: object) -> subprocess.CompletedProcess[str]:
     """A run of a script of ``examples``, in a process of its own."""
     root = Path(__file__).resolve().parent.parent
-    command = [sys.executable, root / "examples" / script, *map(str, argv)]
+    command = [sys.executable, str(root / "examples" / script), *map(str, argv)]
     return subprocess.run(command, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
