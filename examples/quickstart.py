@@ -107,5 +107,5 @@ def export_and_check(gm: torch.fx.GraphModule, images: torch.Tensor, path: Path)
 if __name__ == "__main__":
     try:
         main()
-    except (vmeanba_fx.VMeanbaError, OSError) as error:
+    except (vmeanba_fx.VMeanbaError, OSError, ImportError) as error:
         sys.exit(f"quickstart.py: {error}")

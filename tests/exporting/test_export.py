@@ -210,8 +210,10 @@ def test_onnx(form, tmp_path):
     assert not {"Loop", "If"} & set(ops)
     assert json.loads(notes["vmeanba_fx.report.json"])["chosen"] == list(vmeanba_fx.report(gm).chosen)
     session = onnxruntime.InferenceSession(path)
+    described = [(v.name, v.shape[0]) for v in (*session.get_inputs(), *session.get_outputs())]
+    assert described == [("x", "batch"), ("output", "batch")]
     for batch in (1, 4):
-        [found] = session.run(None, {session.get_inputs()[0].name: images(batch).numpy()})
+        [found] = session.run(["output"], {"x": images(batch).numpy()})
         assert relative_error(torch.from_numpy(found), outputs(gm, images(batch))) < 1e-4
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -69,6 +70,7 @@ def write_onnx(program: ExportedProgram, name: str, extra: dict[str, str]) -> Ru
         fold_constants(model.model)
         CommonSubexpressionEliminationPass()(model.model)
         remove_unused_nodes(model.model)
+    _name_outputs_and_batch(model.model.graph)
     used = {node.domain for node in model.model.graph.all_nodes()}
     if used - {"", "ai.onnx"}:
         raise ExportError(f"operators outside of the ONNX standard remain, of {', '.join(sorted(used))}")
@@ -82,6 +84,22 @@ def write_onnx(program: ExportedProgram, name: str, extra: dict[str, str]) -> Ru
         return [torch.from_numpy(value) for value in session.run(None, feed)]
 
     return run
+
+
+def _name_outputs_and_batch(graph: Any) -> None:
+    """``output`` (or ``output_0``, ...) and ``batch``, whatever the traced names are: programs read files by these names."""
+    from onnx_ir import Shape, SymbolicDim
+
+    for i, output in enumerate(graph.outputs):
+        output.name = "output" if len(graph.outputs) == 1 else f"output_{i}"
+    free = {dim.value for x in graph.inputs for dim in x.shape or () if isinstance(dim, SymbolicDim)}
+    if len(free) != 1:
+        return
+    [batch] = free
+    for x in [*graph.inputs, *(x for node in graph.all_nodes() for x in node.outputs)]:
+        dims = [dim.value if isinstance(dim, SymbolicDim) else dim for dim in x.shape or ()]
+        if any(isinstance(dim, str) for dim in dims):
+            x.shape = Shape([re.sub(rf"\b{batch}\b", "batch", dim) if isinstance(dim, str) else dim for dim in dims])
 
 
 def _softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
