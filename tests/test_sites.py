@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests import zoo
+from tests.families.models import OneByOne
 from tests.helpers import relative_error
 from vmeanba_fx import sites as sites_module
 from vmeanba_fx.calibration.execute import Executor
@@ -13,6 +14,7 @@ from vmeanba_fx.capturing.capture import capture
 from vmeanba_fx.errors import SiteError
 from vmeanba_fx.graph import scan_nodes
 from vmeanba_fx.sites import find_sites
+from vmeanba_fx.symbolic import symbolic_trace
 
 DIM = 6
 
@@ -182,6 +184,14 @@ def test_scan_that_is_also_an_output():
     first, second = find_sites(capture(model, zoo.images()))
     assert not first.annihilated and "output" in first.reason
     assert second.annihilated
+
+
+def test_scans_of_the_model_itself_are_those_of_one_module():
+    model = OneByOne(6, directions=2).eval()
+    traced = symbolic_trace(model, torch.randn(2, 3, 5, 6))
+    for sites in (find_sites(capture(m, torch.randn(2, 3, 5, 6))) for m in (model, traced)):
+        assert [site.name for site in sites] == ["selective_scan#0", "selective_scan#1"]
+        assert {site.module for site in sites} == {"selective_scan"}
 
 
 @pytest.mark.parametrize("directions, state", [(1, 1), (2, 4)])

@@ -106,9 +106,12 @@ def describe(node: fx.Node) -> str:
 
 
 def site_names(gm: fx.GraphModule) -> list[str]:
-    """Give every scan its site name, the path of its module (``#i`` added where one module scans several times)."""
+    """Give every scan its site name, the path of its module (``#i`` added where one module scans several times).
+
+    Scans of the model itself, which has no path, are called ``selective_scan``.
+    """
     nodes = [node for _, node in scan_nodes(gm)]
-    paths = [node.meta.get(SITE) or module_path(node) or node.name for node in nodes]
+    paths = [node.meta.get(SITE) or module_path(node) or "selective_scan" for node in nodes]
     names: list[str] = []
     for i, path in enumerate(paths):
         name = f"{path}#{paths[:i].count(path)}" if paths.count(path) > 1 else path

@@ -288,7 +288,7 @@ def _traced_paths(model: nn.Module) -> list[str]:
     if not isinstance(model, fx.GraphModule):
         return []
     calls = [node for node in model.graph.nodes if node.op == "call_function"]
-    return [module_path(node) or node.name for node in calls if node.target in SCAN or is_scan(node.target)]
+    return [module_path(node) for node in calls if node.target in SCAN or is_scan(node.target)]
 
 
 def _export(
