@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .operators import foreign_schemas, gives_one_tensor
-from .registry import ScanSpec, find_spec, looks_like_scan, parameter_names
+from .registry import ScanSpec, find_spec, looks_like_scan, names_in_code, parameter_names
 from .standins import PYBIND_CONVOLUTION, StandIn, find_stand_in
 
 # Packages that contain no selective scan; not walking them keeps discovery fast and away from foreign lazy modules.
@@ -189,18 +189,12 @@ def discover(model: nn.Module) -> Discovery:
             for value in list(vars(module).values()):
                 # The number of arguments first: reading a signature is slow, and there are thousands of functions.
                 if _is_autograd_function(value) or (
-                    isinstance(value, types.FunctionType) and _argument_count(value) >= 5
+                    isinstance(value, types.FunctionType) and len(names_in_code(value)) >= 5
                 ):
                     found.consider(value)
     for schema in foreign_schemas():
         found.consider_operator(schema)
     return found
-
-
-def _argument_count(fn: types.FunctionType) -> int:
-    inner = getattr(fn, "__wrapped__", fn)
-    code = getattr(inner, "__code__", fn.__code__)
-    return code.co_argcount + code.co_kwonlyargcount
 
 
 def _is_autograd_function(obj: object) -> TypeGuard[type]:

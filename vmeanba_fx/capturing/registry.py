@@ -8,6 +8,7 @@ is ``z`` in one place and ``delta_bias`` in the next. :mod:`.families` registers
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import types
 from collections.abc import Callable, Mapping
@@ -159,7 +160,7 @@ def registered_scans() -> dict[str, ScanSpec]:
 def parameter_names(fn: Callable[..., Any]) -> tuple[str, ...]:
     """Names of the parameters of ``fn`` without ``ctx``/``self`` and without ``*args``/``**kwargs``; () if unreadable."""
     if isinstance(fn, types.FunctionType) and not fn.__dict__:  # not wrapped: what inspect would read, at once
-        names = fn.__code__.co_varnames[: fn.__code__.co_argcount + fn.__code__.co_kwonlyargcount]
+        names = names_in_code(fn)
     else:
         try:
             parameters = inspect.signature(fn).parameters.values()
@@ -167,6 +168,15 @@ def parameter_names(fn: Callable[..., Any]) -> tuple[str, ...]:
             return ()
         names = tuple(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
     return names[1:] if names[:1] in (("ctx",), ("self",)) else names
+
+
+def names_in_code(fn: types.FunctionType) -> tuple[str, ...]:
+    """Names of all parameters of ``fn``, ``ctx`` and ``self`` too, or of what it wraps: at once, no signature is made."""
+    code = fn.__code__
+    if code.co_flags & inspect.CO_VARARGS and hasattr(fn, "__wrapped__"):
+        with contextlib.suppress(ValueError):  # a cycle of wrappers
+            code = getattr(inspect.unwrap(fn), "__code__", code)
+    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
 
 
 def find_spec(fn: object, parameters: tuple[str, ...]) -> ScanSpec | None:

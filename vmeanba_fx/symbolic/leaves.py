@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 import gc
-import inspect
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from ..capturing.codeswap import CodeSwap, is_original
-from ..capturing.registry import find_spec, looks_like_scan, parameter_names, registered_scans
+from ..capturing.registry import find_spec, looks_like_scan, names_in_code, parameter_names, registered_scans
 from .guards import SymbolicTraceError, check_guard
 from .values import run_scan
 
@@ -61,7 +60,7 @@ def loaded_scan_functions() -> set[types.FunctionType]:
     found = {spec.target for spec in registered_scans().values() if isinstance(spec.target, types.FunctionType)}
     verdicts: dict[tuple[str, ...], bool] = {}  # there are tens of thousands of functions, and few signatures
     for fn in _functions():
-        names = _positional_names(fn)
+        names = names_in_code(fn)
         if len(names) < 5 or names[0] == "ctx":  # a Function's forward is reached through `apply`
             continue
         if names not in verdicts:
@@ -85,15 +84,6 @@ def _functions() -> list[types.FunctionType]:
     finally:
         if frozen:
             gc.freeze()
-
-
-def _positional_names(fn: types.FunctionType) -> tuple[str, ...]:
-    """Names of the parameters, read from the code; those of the wrapped function where ``fn`` is a wrapper."""
-    code = fn.__code__
-    if code.co_flags & inspect.CO_VARARGS and hasattr(fn, "__wrapped__"):
-        with suppress(ValueError):  # a cycle of wrappers
-            code = getattr(inspect.unwrap(fn), "__code__", code)
-    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
 
 
 def _is_internal(fn: types.FunctionType) -> bool:
