@@ -1,5 +1,6 @@
 """The examples for real data on tiny generated folders, and the scripts of `examples/paper` on a few images."""
 
+import functools
 import importlib
 import shutil
 import sys
@@ -143,6 +144,31 @@ def test_paper_recipe(scripts, tmp_path, capsys):
     scripts("train_scan_dependent", *argv)
     assert "after 2 steps" in capsys.readouterr().out
     assert (tmp_path / "scan_v05_digits.safetensors").is_file() and (tmp_path / "training" / "scan_v05_digits.csv").is_file()
+
+
+def test_scripts_of_models_at_full_size(scripts, tmp_path, monkeypatch):
+    """FLOPs, and what a calibration costs, of a model that is not."""
+    small = functools.partial(models.vmamba_digits, in_chans=3, num_classes=1000, depths=(1, 1), dims=(16, 20))
+    monkeypatch.setattr(models, "vmamba_tiny_s1l8", small)
+    quick = ["--quick", "--device", "cpu", "--out", tmp_path]
+    scripts("flops_table", *quick)
+    scripts("calibration_cost", *quick, "--variants", "mean", "rank4_refit")
+    rows = (tmp_path / "flops.md").read_text(encoding="utf-8").splitlines()
+    assert sum("paper's block at all sites" in row for row in rows) == 2 and any("D=16: 81.9 %" in row for row in rows)
+    cost = (tmp_path / "calibration_cost.md").read_text(encoding="utf-8")
+    assert "| vmamba_tiny_s1l8 | 4 " in " ".join(cost.split()) and "rank 4 + refit" in cost
+
+
+def test_training_of_the_digits_model(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    train_digits = importlib.import_module("train_digits")
+    images, labels = train_digits.load_digits_images(train=False)
+    monkeypatch.setattr(train_digits, "load_digits_images", lambda train: (images[:256], labels[:256]))
+    monkeypatch.setattr(sys, "argv", ["train_digits.py", "--out", str(tmp_path / "digits.safetensors"), "--epochs", "5"])
+    train_digits.main()
+    assert "without any scan: " in capsys.readouterr().out
+    models.load_checkpoint(models.vmamba_digits(), tmp_path / "digits.safetensors")
 
 
 def test_scenes_follow_from_their_numbers(scripts):
