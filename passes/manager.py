@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx
 
 from vmeanba_fx.errors import GraphCheckError, PassError
-from vmeanba_fx.graph import graph_modules
+from vmeanba_fx.graph import computes_in_half, graph_modules
 
 from .verification import compare_outputs, outputs_of
 
@@ -94,7 +94,7 @@ def run_passes(
         if verify_args is not None and record.changed:
             found = outputs_of(gm, verify_args)
             if step.exact:
-                compare_outputs(expected, found, step.name)
+                compare_outputs(expected, found, step.name, computes_in_half(gm))
             expected = found
     return gm, records
 

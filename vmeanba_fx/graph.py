@@ -370,6 +370,12 @@ def with_flat_weights(gm: fx.GraphModule) -> fx.GraphModule:
     return flat.eval()
 
 
+def computes_in_half(gm: fx.GraphModule) -> bool:
+    """Whether any value of ``gm`` or of its regions is in half precision, whatever its outputs are in."""
+    values = (node.meta.get("val") for owner in graph_modules(gm) for node in owner.graph.nodes)
+    return any(getattr(held, "dtype", None) in (torch.float16, torch.bfloat16) for held in values)
+
+
 def mutates(node: fx.Node) -> bool:
     """True for an operator that writes into one of its arguments."""
     schema = getattr(node.target, "_schema", None)

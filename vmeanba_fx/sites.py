@@ -15,7 +15,7 @@ from .capturing.capture import capture_info
 from .capturing.confinement import one_at_a_time
 from .capturing.copies import to_device
 from .errors import NoSitesError, SiteError, UnknownSizeError
-from .graph import LAST_STATE, REPORT, SITE, args_of, aten, graph_modules, scan_nodes
+from .graph import LAST_STATE, REPORT, SITE, args_of, aten, computes_in_half, scan_nodes
 
 __all__ = ["Site", "SiteList", "find_sites"]
 
@@ -197,7 +197,7 @@ def _probe(gm: fx.GraphModule, sites: list[Site]) -> None:
     info = capture_info(gm)
     nodes = {node.meta[SITE]: node for owner, node in scan_nodes(gm) if owner is gm}
     checked = [s for s in sites if s.annihilated]
-    if not checked or _computes_in_half(gm):
+    if not checked or computes_in_half(gm):
         return
     scans = [nodes[s.name] for s in checked]
     executor = Executor(gm, scans, keep=scans)
@@ -234,11 +234,6 @@ def _size(y: Tensor, site: Site) -> Tensor:
     is small beside its end would drown in the rounding of a shift of that size. Ones where y is zero throughout."""
     size = y.unflatten(1, (site.groups, site.channels)).abs().amax(2, keepdim=True)
     return size if size.any() else torch.ones_like(size)
-
-
-def _computes_in_half(gm: fx.GraphModule) -> bool:
-    values = (node.meta.get("val") for owner in graph_modules(gm) for node in owner.graph.nodes)
-    return any(getattr(held, "dtype", None) in (torch.float16, torch.bfloat16) for held in values)
 
 
 def _rounded(y: Tensor, site: Site) -> Tensor:

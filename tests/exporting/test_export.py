@@ -234,6 +234,10 @@ def test_onnx_of_what_it_cannot_hold(tmp_path):
     half = vmeanba_fx.transform(zoo.live(1, directions=1).bfloat16(), [zoo.images(2, dtype=torch.bfloat16)], k=0)
     with pytest.raises(ExportError, match="onnx file"):
         export(half, None, tmp_path / "model.onnx", "onnx")
+    counts = nn.ModuleList([zoo.live(1)])
+    counts.forward = lambda x: {"scores": counts[0](x), "classes": 7, "loss": None}
+    with pytest.raises(ExportError, match="the model returns 7 beside its tensors"):
+        export(counts, zoo.images(2), tmp_path / "model.onnx", "onnx")
     assert not list(tmp_path.iterdir())
 
 

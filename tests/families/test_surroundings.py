@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import vmeanba_fx
 from tests import zoo
 from tests.helpers import relative_error
+from tests.paper_block import paper_block
 
 X = zoo.images(3)
 Output = collections.namedtuple("Output", "logits extra")
@@ -116,6 +117,16 @@ def test_surroundings(name):
     assert len(sites) == 1 and not sites.refused and not sites[0].annihilated
     with torch.no_grad():
         assert relative_error(vmeanba_fx.transform(gm, [X], k=0)(X), expected) <= 1e-5
+
+
+def test_a_part_in_half_precision_is_verified_as_that():
+    """Its outputs are float32, their rounding is not."""
+    model = with_blocks(lambda self, x: x + self.op(self.norm(x).bfloat16()).float())
+    model.blocks[0].op.bfloat16()
+    replaced = vmeanba_fx.transform(model, [X], sites="*", verify=True)
+    model.blocks[0].op.call = lambda u, delta, A, B, C, D, bias: paper_block(u, delta, A, B, C, D, None, bias, True)
+    with torch.no_grad():
+        assert relative_error(replaced(X), model(X)) <= 2e-2
 
 
 def test_a_dictionary_in_and_a_dictionary_out():

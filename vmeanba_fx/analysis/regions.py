@@ -30,7 +30,8 @@ LINEAR = {
     aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist, aten.swapaxes.default,
     aten.swapdims.default, aten.mT.default, aten.numpy_T.default, aten.ravel.default, aten.tile.default,
     aten.broadcast_to.default, aten.tensor_split.sections, aten.gather.default, aten.scatter.src, aten.index_put.default,
-    aten.index_copy.default, aten.copy.default, aten.as_strided_scatter.default, operator.getitem,
+    aten.index_copy.default, aten.pixel_shuffle.default, aten.pixel_unshuffle.default, aten.copy.default,
+    aten.as_strided_scatter.default, operator.getitem,
 }  # fmt: skip
 PRODUCT = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
 # The identity up to rounding; run as the identity so that the check is exact.

@@ -19,6 +19,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument
 
 from ..errors import ExportError
 from ..ops.chunked import Form, looped, unrolled
@@ -60,6 +61,9 @@ def write_onnx(program: ExportedProgram, name: str, extra: dict[str, str]) -> Ru
     from onnx_ir.passes.common import CommonSubexpressionEliminationPass
     from onnxscript.optimizer import fold_constants, remove_unused_nodes
 
+    constants = [out.arg for out in program.graph_signature.output_specs if isinstance(out.arg, ConstantArgument)]
+    if numbers := [str(constant.value) for constant in constants if constant.value is not None]:
+        raise ExportError(f"the model returns {', '.join(numbers)} beside its tensors, and an ONNX file gives tensors only")
     lowered = program.run_decompositions({torch.ops.aten.softplus.default: _softplus})
     with _quiet("torch.onnx"), _quiet("onnx_ir"):
         model = torch.onnx.export(
