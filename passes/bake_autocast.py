@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, fx
 
 from vmeanba_fx.analysis.evaluate import evaluate, is_parameter_only
+from vmeanba_fx.dead_code import remove_dead_code
 from vmeanba_fx.errors import GraphCheckError, PassError
-from vmeanba_fx.graph import Emitter, args_of, aten, callee, graph_modules, refresh, remove_dead_code, value
+from vmeanba_fx.graph import Emitter, args_of, aten, callee, graph_modules, refresh, value
 
 from .cleanup import cleanup
 

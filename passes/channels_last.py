@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, fx
 
 from vmeanba_fx.analysis.evaluate import attribute
-from vmeanba_fx.graph import Emitter, args_of, aten, callee, is_pointwise_conv, remove_dead_code, value
+from vmeanba_fx.dead_code import remove_dead_code
+from vmeanba_fx.graph import Emitter, args_of, aten, callee, is_pointwise_conv, value
 
 from .cleanup import cleanup
 

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from vmeanba_fx.graph import Emitter, args_of, aten, graph_modules, remove_dead_code, value
+from vmeanba_fx.dead_code import remove_dead_code
+from vmeanba_fx.graph import Emitter, args_of, aten, graph_modules, value
 
 NAME = "cleanup"
 _COPIES = {aten.contiguous.default, aten.clone.default}

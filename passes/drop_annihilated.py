@@ -25,7 +25,8 @@ from torch import fx
 
 from vmeanba_fx.analysis.evaluate import is_parameter_only
 from vmeanba_fx.analysis.regions import is_annihilated, is_linear_in
-from vmeanba_fx.graph import SITE, Emitter, aten, graph_modules, remove_dead_code, value
+from vmeanba_fx.dead_code import remove_dead_code
+from vmeanba_fx.graph import SITE, Emitter, aten, graph_modules, value
 
 from .mean_scan import BROADCAST
 

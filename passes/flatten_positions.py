@@ -23,7 +23,8 @@ from typing import Any
 
 from torch import SymInt, Tensor, fx
 
-from vmeanba_fx.graph import Emitter, args_of, aten, callee, remove_dead_code, value
+from vmeanba_fx.dead_code import remove_dead_code
+from vmeanba_fx.graph import Emitter, args_of, aten, callee, value
 
 from .channels_last import BINARY, UNARY
 

@@ -12,7 +12,8 @@ from torch import Tensor, fx
 
 from vmeanba_fx.analysis.cross_scan import CrossScan, Merge
 from vmeanba_fx.analysis.evaluate import Unprovable, is_parameter_only
-from vmeanba_fx.graph import NOT_FUSED, Emitter, aten, remove_dead_code, value
+from vmeanba_fx.dead_code import remove_dead_code
+from vmeanba_fx.graph import NOT_FUSED, Emitter, aten, value
 
 
 def fuse_each(

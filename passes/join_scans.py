@@ -22,6 +22,7 @@ from torch import fx
 
 from vmeanba_fx.analysis.cross_scan import map_behind
 from vmeanba_fx.analysis.evaluate import Unprovable, depends_on
+from vmeanba_fx.dead_code import remove_dead_code
 from vmeanba_fx.graph import (
     NOT_FUSED,
     Emitter,
@@ -29,7 +30,6 @@ from vmeanba_fx.graph import (
     callee,
     downstream,
     group_shape,
-    remove_dead_code,
     scan_arguments,
     scan_nodes,
     value,

@@ -25,8 +25,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import fx
 
+from vmeanba_fx.dead_code import remove_dead_code
 from vmeanba_fx.errors import PassError
-from vmeanba_fx.graph import Emitter, aten, find_scan, group_shape, remove_dead_code, scan_arguments, value
+from vmeanba_fx.graph import Emitter, aten, find_scan, group_shape, scan_arguments, value
 
 Mean = Literal["direction", "all", "input"]
 NAME = "mean_scan"

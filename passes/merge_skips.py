@@ -19,7 +19,8 @@ from torch import fx
 
 from vmeanba_fx.analysis.cross_scan import find_cross_scan, find_merge
 from vmeanba_fx.analysis.evaluate import Unprovable
-from vmeanba_fx.graph import NOT_FUSED, SITE, Emitter, aten, remove_dead_code, value
+from vmeanba_fx.dead_code import remove_dead_code
+from vmeanba_fx.graph import NOT_FUSED, SITE, Emitter, aten, value
 
 from .drop_annihilated import SKIP
 from .fused_site import channel_first, restore_shape

@@ -28,8 +28,9 @@ import torch
 from torch import Tensor, fx
 
 from vmeanba_fx.analysis.evaluate import Unprovable, attribute, evaluate, is_parameter_only, shape_of
+from vmeanba_fx.dead_code import remove_dead_code
 from vmeanba_fx.errors import GraphCheckError
-from vmeanba_fx.graph import Emitter, args_of, aten, graph_modules, remove_dead_code, value, with_flat_weights
+from vmeanba_fx.graph import Emitter, args_of, aten, graph_modules, value, with_flat_weights
 
 NAME = "pack_weights"
 mkldnn = torch.ops.mkldnn

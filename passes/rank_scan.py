@@ -23,9 +23,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
+from vmeanba_fx.dead_code import remove_dead_code
 from vmeanba_fx.errors import SiteError
 from vmeanba_fx.fitting.rank_block import RankFit, rank_block
-from vmeanba_fx.graph import SITE, Emitter, args_of, aten, find_scan, group_shape, remove_dead_code, scan_arguments, value
+from vmeanba_fx.graph import SITE, Emitter, args_of, aten, find_scan, group_shape, scan_arguments, value
 from vmeanba_fx.sites import skip_product
 
 NAME = "rank_scan"

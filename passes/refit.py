@@ -23,7 +23,8 @@ from torch import Tensor, fx
 
 from vmeanba_fx.analysis.evaluate import is_parameter_only
 from vmeanba_fx.analysis.regions import NOTHING
-from vmeanba_fx.graph import Emitter, args_of, aten, downstream, is_pointwise_conv, refresh, remove_dead_code, upstream, value
+from vmeanba_fx.dead_code import remove_dead_code
+from vmeanba_fx.graph import Emitter, args_of, aten, downstream, is_pointwise_conv, refresh, upstream, value
 
 NAME = "refit"
 _CONVS = {aten.conv1d.default, aten.conv2d.default}

@@ -27,7 +27,8 @@ import torch
 from torch import fx
 
 from vmeanba_fx.analysis.evaluate import attribute
-from vmeanba_fx.graph import Emitter, args_of, aten, graph_modules, remove_dead_code, value
+from vmeanba_fx.dead_code import remove_dead_code
+from vmeanba_fx.graph import Emitter, args_of, aten, graph_modules, value
 
 NAME = "unroll_depthwise"
 _CONV = {"bias": None, "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1}

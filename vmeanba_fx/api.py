@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from . import passes
 from .calibration.calibrate import calibrate
 from .capturing.capture import capture_info
-from .graph import REPORT, copy_graph, follow_weights
+from .graph import REPORT, copy_graph, refresh_from_weights
 from .passes import Pass, run_passes
 from .plan import Plan
 from .report import attach_report
@@ -113,7 +113,7 @@ def unroll_depthwise(gm: fx.GraphModule) -> fx.GraphModule:
 def _one_more(gm: fx.GraphModule, step: Pass) -> fx.GraphModule:
     """A copy of ``gm`` after one more pass, which its report then lists as well."""
     capture_info(gm)  # raises where it is no graph of ours
-    result, records = run_passes(follow_weights(copy_graph(gm)), [step])
+    result, records = run_passes(refresh_from_weights(copy_graph(gm)), [step])
     if (found := result.meta.get(REPORT)) is not None:
         attach_report(result, replace(found, passes=(*found.passes, *records)))
     return result

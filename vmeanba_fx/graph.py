@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +18,8 @@ from .errors import GraphCheckError, SiteError, UnknownSizeError
 from .ops import last_state as _last_state  # noqa: F401  registers torch.ops.vmeanba_fx.*
 
 aten = torch.ops.aten
+CHECKS = {aten._assert_tensor_metadata.default}
+"""Operators that only look at a value."""
 SCAN = (torch.ops.vmeanba_fx.selective_scan, torch.ops.vmeanba_fx.selective_scan.default)
 LAST_STATE = (torch.ops.vmeanba_fx.last_state, torch.ops.vmeanba_fx.last_state.default)
 SITE = "vmeanba_fx.site"
@@ -129,7 +130,7 @@ def strip_metadata(gm: fx.GraphModule) -> None:
     for owner in graph_modules(gm):
         owner._tracer_cls = owner.graph._tracer_cls = None
         for node in list(owner.graph.nodes):
-            if node.target in _CHECKS:
+            if node.target in CHECKS:
                 owner.graph.erase_node(node)
                 continue
             for key in ("torch_fn", "from_node", "stack_trace"):
@@ -256,7 +257,7 @@ def _fake(graph: fx.Graph, tensor: torch.Tensor) -> torch.Tensor:
     return tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
 
 
-def follow_weights(gm: fx.GraphModule) -> fx.GraphModule:
+def refresh_from_weights(gm: fx.GraphModule) -> fx.GraphModule:
     """``gm`` with values that fit its weights, where those were cast or moved after the capture (``gm.half()``)."""
     weights = {n: read_attribute(gm, str(n.target)) for n in gm.graph.find_nodes(op="get_attr")}
     weights = {n: t for n, t in weights.items() if isinstance(t, torch.Tensor)}
@@ -284,72 +285,6 @@ def refresh(node: fx.Node) -> None:
     # Composite operators reach symbolic sizes only through their Python decompositions.
     with mode or contextlib.nullcontext(), torch.no_grad(), enable_python_dispatcher():
         node.meta["val"] = callee(node)(*args, **kwargs)
-
-
-_CHECKS = {aten._assert_tensor_metadata.default}
-
-
-def is_effect_free(node: fx.Node) -> bool:
-    """True where a node may go once nothing reads it: pure operators, attribute reads, metadata assertions."""
-    if node.op == "get_attr" or node.target in _CHECKS:
-        return True
-    if node.target is aten.dropout.default and not node.args[2]:  # fx takes it for a random number
-        return True
-    return node.op == "call_function" and not node.is_impure()
-
-
-def remove_dead_code(gm: fx.GraphModule) -> int:
-    """Erase nodes nothing reads, metadata assertions on values nothing else reads, and unread buffers; count of nodes."""
-    removed = 0
-    for owner in graph_modules(gm):
-        removed += _remove_dead_nodes(owner.graph)
-        owner.recompile()
-    _drop_unused(gm)
-    return removed
-
-
-def _remove_dead_nodes(graph: fx.Graph) -> int:
-    removed = 0
-    for node in reversed(list(graph.nodes)):
-        if node.op in ("placeholder", "output") or not is_effect_free(node):
-            continue
-        users = list(node.users)
-        if any(user.target not in _CHECKS for user in users):
-            continue
-        if node.target in _CHECKS and not users:
-            # An assertion goes with the value it watches, not before.
-            continue
-        for user in users:
-            graph.erase_node(user)
-            removed += 1
-        graph.erase_node(node)
-        removed += 1
-    return removed
-
-
-def _drop_unused(gm: fx.GraphModule) -> None:
-    """Delete modules, parameters and buffers that no node refers to any more, so that the result is as small as it is.
-
-    ``delete_all_unused_submodules`` of fx takes a region inside of a region for unused.
-    """
-    used: set[str] = set()
-    for name, owner in gm.named_modules():
-        if isinstance(owner, fx.GraphModule):
-            prefix = f"{name}." if name else ""
-            for node in owner.graph.nodes:
-                if node.op in ("get_attr", "call_module"):
-                    used.add(prefix + str(node.target))
-                if node.op == "call_module":
-                    inside = owner.get_submodule(str(node.target))
-                    parts = (*inside.named_modules(), *inside.named_parameters(), *inside.named_buffers())
-                    used |= {f"{prefix}{node.target}.{part}" for part, _ in parts}
-    within = {part for path in used for part in itertools.accumulate(path.split("."), "{}.{}".format)}
-    for path in [path for path, _ in gm.named_modules() if path and path not in within]:
-        gm.delete_submodule(path)
-    for path in [k for k, _ in (*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False))]:
-        if path not in used:
-            module, _, leaf = path.rpartition(".")
-            delattr(gm.get_submodule(module), leaf)
 
 
 def with_flat_weights(gm: fx.GraphModule) -> fx.GraphModule:

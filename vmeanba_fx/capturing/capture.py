@@ -17,6 +17,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
+from ..dead_code import remove_dead_code
 from ..errors import CaptureError
 from ..graph import (
     GUARDS,
@@ -28,7 +29,6 @@ from ..graph import (
     graph_modules,
     module_path,
     mutates,
-    remove_dead_code,
     scan_nodes,
     site_names,
     strip_metadata,
