@@ -16,6 +16,7 @@ from quickstart import curve, every_k, export_and_check
 import vmeanba_fx
 from vmeanba_fx.cli.arguments import at_least, resolve_device
 from vmeanba_fx.data import FashionMNIST, make_loader
+from vmeanba_fx.files import unwritable
 from vmeanba_fx.models import CheckpointError, load_checkpoint, vmamba_fashion_v0, vmamba_fashion_v05
 
 MODELS = {"v05": vmamba_fashion_v05, "v0": vmamba_fashion_v0}
@@ -36,8 +37,8 @@ def main() -> None:
     parser.add_argument("--k", type=int, help="sites to replace in the exported model (default: half)")
     parser.add_argument("--out", type=Path, help="where to keep the exported model (default: a temporary folder)")
     args = parser.parse_args()
-    if args.out is not None and not args.out.parent.is_dir():
-        parser.error(f"--out: no folder {args.out.parent}")
+    if args.out and (reason := unwritable(args.out)):
+        raise OSError(reason)
 
     model = MODELS[args.model]()
     try:
@@ -50,9 +51,12 @@ def main() -> None:
 
     how = {"mean": args.mean} if args.rank is None else {"reduce": "rank", "rank": args.rank}
     refit = args.refit or False
-    plan = vmeanba_fx.calibrate(model, train, metric=args.metric, **how)
-    if args.k is not None and not 0 <= args.k <= len(plan.sites):
-        parser.error(f"--k {args.k}: the model has {len(plan.sites)} sites, give 0 to {len(plan.sites)}")
+
+    def check(unscored: vmeanba_fx.Plan) -> None:
+        if args.k is not None:
+            unscored.check_choice(args.k)
+
+    plan = vmeanba_fx.calibrate(model, train, metric=args.metric, before_scoring=check, **how)
     print(plan, end="\n\n")
     rewritten = every_k(plan, refit=refit)
     print(curve(rewritten, plan, model, test), end="\n\n")

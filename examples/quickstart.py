@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 import vmeanba_fx
 from vmeanba_fx.data import accuracy, load_digits_images, make_loader
+from vmeanba_fx.files import unwritable
 from vmeanba_fx.models import vmamba_digits
 
 
@@ -26,8 +27,8 @@ def main() -> None:
     parser.add_argument("--k", type=int, help="sites to replace in the export (default: all)")
     parser.add_argument("--out", type=Path, help="where to keep the exported model (default: a temporary folder)")
     args = parser.parse_args()
-    if args.out is not None and not args.out.parent.is_dir():
-        parser.error(f"--out: no folder {args.out.parent}")
+    if args.out and (reason := unwritable(args.out)):
+        raise OSError(reason)
 
     model = vmamba_digits(pretrained=True).eval()
     train = make_loader(*load_digits_images(train=True))
@@ -35,8 +36,8 @@ def main() -> None:
 
     # Score every scan: how much accuracy is lost where only this one is replaced? The model itself is not changed.
     plan = vmeanba_fx.calibrate(model, train, metric="accuracy")
-    if args.k is not None and not 0 <= args.k <= len(plan.sites):
-        parser.error(f"--k {args.k}: the model has {len(plan.sites)} sites, give 0 to {len(plan.sites)}")
+    if args.k is not None:
+        plan.check_choice(args.k)
     print(plan, end="\n\n")
 
     # Apply the plan for every k, and measure on images that took no part in the scoring.

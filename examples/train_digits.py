@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmeanba_fx.data import accuracy, load_digits_images, make_loader
+from vmeanba_fx.files import unwritable
 from vmeanba_fx.models import VSSM, save_checkpoint, vmamba_digits
 from vmeanba_fx.models.ss2d import SS2D
 
@@ -97,8 +98,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.epochs < 1:
         parser.error("--epochs must be at least 1")
-    if not args.out.parent.is_dir():
-        parser.error(f"--out: no folder {args.out.parent}")
+    if reason := unwritable(args.out):
+        parser.error(reason)
 
     model = train(args.seed, args.epochs)
     images, labels = load_digits_images(train=False)

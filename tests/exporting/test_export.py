@@ -217,6 +217,27 @@ def test_onnx(form, tmp_path):
         assert relative_error(torch.from_numpy(found), outputs(gm, images(batch))) < 1e-4
 
 
+class CallsItsInputOutput(nn.Module):
+    def __init__(self, returns_it):
+        super().__init__()
+        self.net, self.returns_it = zoo.live(1), returns_it
+
+    def forward(self, output):
+        return (self.net(output), output) if self.returns_it else self.net(output)
+
+
+@needs_onnx
+@pytest.mark.parametrize("returns_it", [True, False])
+def test_onnx_inputs_keep_their_names(returns_it, tmp_path):
+    import onnxruntime
+
+    export(CallsItsInputOutput(returns_it), zoo.images(3), tmp_path / "model.onnx", "onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    first, *others = [v.name for v in session.get_outputs()]
+    assert [v.name for v in session.get_inputs()] == ["output"] and others == ["output"] * returns_it
+    assert first == "output_0" if returns_it else first != "output"
+
+
 @needs_onnx
 def test_an_annihilated_model_is_small_in_onnx(tmp_path):
     """Nothing of its scans is left: no product of decays, no exponential."""

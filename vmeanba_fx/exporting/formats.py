@@ -91,11 +91,17 @@ def write_onnx(program: ExportedProgram, name: str, extra: dict[str, str]) -> Ru
 
 
 def _name_outputs_and_batch(graph: Any) -> None:
-    """``output`` (or ``output_0``, ...) and ``batch``, whatever the traced names are: programs read files by these names."""
+    """``output`` (or ``output_0``, ...) and ``batch``, whatever the traced names are: programs read files by these names.
+
+    Inputs keep theirs, also where the model returns one or calls one like that.
+    """
     from onnx_ir import Shape, SymbolicDim
 
+    taken = {x.name for x in (*graph.inputs, *(x for node in graph.all_nodes() for x in node.outputs))}
     for i, output in enumerate(graph.outputs):
-        output.name = "output" if len(graph.outputs) == 1 else f"output_{i}"
+        name = "output" if len(graph.outputs) == 1 else f"output_{i}"
+        if name not in taken and output not in graph.inputs:
+            output.name = name
     free = {dim.value for x in graph.inputs for dim in x.shape or () if isinstance(dim, SymbolicDim)}
     if len(free) != 1:
         return
